@@ -1,0 +1,62 @@
+# make demo   set up .venv, train a small GPT on the Python standard library, show what it writes
+# make test   set up .venv, run the tests
+# make help   the rest
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format fuzz bench clean
+
+help:
+	@echo "make demo    train a small GPT on the Python standard library's text and show what it writes"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  format the code"
+	@echo "make fuzz    many random cases of every op against float64 (CASES=2000 SEED=0)"
+	@echo "make bench   whole training steps beside eager PyTorch and, with LLMFAST_PEERS, the peers"
+	@echo "make clean   remove everything that was built"
+
+# One environment for everything; pinned by constraints.txt, rebuilt when the sources of the extension change.
+$(VENV)/torch: constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
+	@touch $@
+
+$(VENV)/ready: $(VENV)/torch pyproject.toml $(NATIVE)
+	@echo "Building and installing llmfast into $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/ready
+	@rm -rf runs/demo
+	@$(BIN)/llmfast pretrain --config examples/demo.toml
+	@echo
+	@$(BIN)/llmfast evaluate --checkpoint runs/demo --data runs/demo/data --baseline
+	@echo
+	@$(BIN)/llmfast generate --checkpoint runs/demo --max-new-tokens 120 --temperature 0.7 --seed 1 "def __init__(self"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix-only -q .
+	$(BIN)/ruff format .
+
+CASES ?= 2000
+SEED ?= 0
+fuzz: $(VENV)/ready
+	$(BIN)/python -m tests.ops.fuzz --cases $(CASES) --seed $(SEED)
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) build dist .ci/work *.egg-info llmfast/*.so

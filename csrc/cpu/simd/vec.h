@@ -1,0 +1,101 @@
+#pragma once
+// Vectors of the instruction set at hand, by the compilers' vector extensions: no intrinsics, and one source for all.
+//
+// Files of this folder are compiled once per instruction set. Everything in them but the tables lives in an anonymous
+// namespace and no header of the standard library with inline functions is included: else the linker could hand an
+// AVX-512 copy of a shared function to a CPU that has none.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace llmfast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+// Full vectors. A kernel is written once over Wide and One (for the rest of a row), see for_row.
+struct Wide {
+  using F = Vec;
+  static constexpr int width = kLanes;
+  static Vec load(const float* p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static Vec load(const uint16_t* p) {  // bfloat16: the upper half of a float
+    Halves h;
+    memcpy(&h, p, sizeof h);
+    const Bits b = __builtin_convertvector(h, Bits) << 16;
+    Vec v;
+    memcpy(&v, &b, sizeof v);
+    return v;
+  }
+  static void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+  static void store(uint16_t* p, Vec v) {  // round to nearest, ties to even; a NaN stays one
+    Bits b;
+    memcpy(&b, &v, sizeof v);
+    const Bits rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16;
+    const Bits nan = (Bits)(v != v);
+    const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
+    memcpy(p, &h, sizeof h);
+  }
+};
+
+struct One {
+  using F = float;
+  static constexpr int width = 1;
+  static float load(const float* p) { return *p; }
+  static float load(const uint16_t* p) {
+    const uint32_t b = uint32_t(*p) << 16;
+    float v;
+    memcpy(&v, &b, sizeof v);
+    return v;
+  }
+  static void store(float* p, float v) { *p = v; }
+  static void store(uint16_t* p, float v) {
+    uint32_t b;
+    memcpy(&b, &v, sizeof v);
+    *p = v != v ? 0x7FC0 : uint16_t((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
+  }
+};
+
+// A sum over a row: `Accumulators` chains of vectors hide the latency of an addition, one float takes the rest.
+template <int Accumulators>
+struct Sum {
+  Vec wide[Accumulators] = {};
+  float one = 0.f;
+  void add(int slot, Vec v) { wide[slot] += v; }
+  void add(int, float v) { one += v; }
+  float total() const {
+    Vec v = wide[0];
+    for (int a = 1; a < Accumulators; ++a) v += wide[a];
+    float s[kLanes];
+    memcpy(s, &v, sizeof v);
+    for (int half = kLanes / 2; half; half /= 2)
+      for (int l = 0; l < half; ++l) s[l] += s[l + half];
+    return s[0] + one;
+  }
+};
+
+// f(lanes, i, slot) over i in [begin, end): `Unroll` slots of full vectors at a time, then single ones, then floats.
+template <int Unroll, typename F>
+inline __attribute__((always_inline)) void for_row(int64_t begin, int64_t end, F f) {
+  int64_t i = begin;
+  for (; i + Unroll * kLanes <= end; i += Unroll * kLanes)
+#pragma GCC unroll 8
+    for (int slot = 0; slot < Unroll; ++slot) f(Wide(), i + slot * kLanes, slot);
+  for (; i + kLanes <= end; i += kLanes) f(Wide(), i, 0);
+  for (; i < end; ++i) f(One(), i, 0);
+}
+
+}  // namespace
+}  // namespace llmfast::cpu

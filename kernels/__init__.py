@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``llmfast.kernels``. Nothing here is imported where Triton is missing."""

@@ -1,0 +1,174 @@
+"""Finding, verifying and loading checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from llmfast.checkpoint import layout
+from llmfast.errors import UserError
+from llmfast.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+logger = logging.getLogger("llmfast")
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Compare every file with ``manifest.json``; ``UserError`` names the first that is missing or differs."""
+    path = Path(path)
+    manifest_path = path / layout.MANIFEST_FILE
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        version = manifest["format"]
+    except FileNotFoundError:
+        raise UserError(f"{path} is no complete checkpoint: it has no {layout.MANIFEST_FILE}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{manifest_path} is not readable: {error}") from None
+    if version != layout.MANIFEST_FORMAT:
+        raise UserError(
+            f"{path} has checkpoint format {version}, this llmfast reads {layout.MANIFEST_FORMAT}: update it"
+        )
+    for required in (layout.MODEL_FILE, layout.CONFIG_FILE):
+        if required not in files:
+            raise UserError(f"{manifest_path} does not list {required}")
+    for name, (size, digest) in files.items():
+        file = path / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                raise UserError(f"{file} is damaged: {found:,} bytes instead of {size:,}")
+            if layout.sha256(file) != digest:
+                raise UserError(f"{file} is damaged: its SHA-256 is not the one in {layout.MANIFEST_FILE}")
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing") from None
+        except OSError as error:
+            raise UserError(f"{file} is not readable: {error.strerror or error}") from None
+
+
+def _verify(path: Path) -> None:
+    """``verify_checkpoint``, once a process for the same files: a command finds its checkpoint several times."""
+    files = [(file.name, file.stat()) for file in (path.iterdir() if path.is_dir() else ())]
+    _verify_once(path.resolve(), tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
+
+
+@functools.lru_cache(maxsize=16)
+def _verify_once(path: Path, files: tuple[tuple[str, int, int], ...]) -> None:
+    verify_checkpoint(path)
+
+
+def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "best") -> Path:
+    """The checkpoint that ``path`` means: a run, its ``checkpoints`` folder, or a checkpoint itself.
+
+    Of several, ``prefer="best"`` takes the best one where it verifies; otherwise, and for ``"latest"``, it is the
+    newest that verifies. What is passed over is logged with the reason. A folder with weights but no manifest
+    (``save_pretrained``) is taken as it is. Raises ``UserError`` where there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no such checkpoint: {path}")
+    if (path / layout.MANIFEST_FILE).exists() or path.resolve().name.startswith("step-"):
+        _verify(path)
+        return path
+    if (path / layout.MODEL_FILE).exists():
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    candidates = [directory for _, directory in layout.checkpoints_in(root)]
+    best = layout.read_pointer(root, "best") if prefer == "best" else None
+    if best is not None:
+        candidates = [best, *(other for other in candidates if other.name != best.name)]
+    refused: list[str] = []
+    for candidate in candidates:
+        try:
+            _verify(candidate)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        if refused:
+            logger.warning("using %s, for newer or better ones do not verify: %s", candidate, "; ".join(refused))
+        return candidate
+    if refused:
+        raise UserError(f"no checkpoint in {root} verifies: {'; '.join(refused)}")
+    raise UserError(f"no checkpoint in {path}: give a run directory, its checkpoints folder or one checkpoint")
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **overrides: Any
+) -> Any:
+    """The ``GPT`` of a run or checkpoint (see ``find_checkpoint``) on ``device``, in evaluation mode.
+
+    ``overrides`` replace options of its configuration, such as ``dropout``.
+    """
+    from llmfast.nn import GPT
+
+    model = GPT.from_pretrained(find_checkpoint(path), **overrides)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_tokenizer_of(path: str | Path) -> Tokenizer | None:
+    """The tokenizer saved with a run or checkpoint, or None."""
+    directory = find_checkpoint(path)
+    return load_tokenizer(directory) if (directory / TOKENIZER_FILE).exists() else None
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """``trainer.json`` of a checkpoint directory."""
+    file = Path(path) / layout.STATE_FILE
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not readable: {error}") from None
+
+
+def load_training_state(
+    path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Load a checkpoint directory's weights into ``model`` and its state into ``optimizer``; returns ``trainer.json``.
+
+    Tensors go to the parameters' devices. Raises ``UserError`` where names or shapes do not match.
+    """
+    path = Path(path)
+    weights = _read_tensors(path / layout.MODEL_FILE)
+    for name, tensor in _distinct(model).items():
+        if name not in weights:
+            raise UserError(f"{path / layout.MODEL_FILE} has no {name}: it is another model's checkpoint")
+        if weights[name].shape != tensor.shape:
+            got, want = tuple(weights[name].shape), tuple(tensor.shape)
+            raise UserError(f"{path / layout.MODEL_FILE}: {name} is {got}, the model wants {want}")
+        with torch.no_grad():
+            tensor.copy_(weights[name])
+    if optimizer is not None:
+        _load_optimizer(path / layout.OPTIMIZER_FILE, model, optimizer)
+    return read_state(path)
+
+
+def _distinct(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors, a tied one only under the first of its names, as it is stored."""
+    distinct: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        distinct.setdefault(id(tensor), (name, tensor))
+    return dict(distinct.values())
+
+
+def _load_optimizer(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, tensor in _read_tensors(file).items():
+        entry, _, name = key.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None or (tensor.dim() and tensor.shape != parameter.shape):
+            raise UserError(f"{file}: {key} fits no parameter of the model")
+        optimizer.state[parameter][entry] = tensor.to(parameter.device)
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is not readable: {error}") from None

@@ -1,0 +1,113 @@
+"""``llmfast evaluate``: how well a checkpoint predicts held-out text, beside a bigram model if asked."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llmfast.cli.common import FIELD_HELP, JSON_HELP, ModelOptions, OpenModel, open_model, print_json, table
+from llmfast.cli.corpus import Corpus, check_data, check_ids, check_same, open_corpus, open_prepared
+from llmfast.config import option
+from llmfast.errors import UserError
+
+
+@dataclass
+class Options(ModelOptions):
+    """Options of ``llmfast evaluate``."""
+
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "shards, token files or text: files, folders or globs (default: the run's own data)"},
+    )
+    split: Literal["train", "val"] | None = option(None, "part of prepared data (default: val, of text all of it)")
+    block_size: int | None = option(None, "tokens in a window (default: the model's block size)")
+    batch_size: int = option(8, "windows in one forward pass")
+    eval_batches: int = option(0, "batches to take, spread evenly over the data (0: all of it)")
+    baseline: bool = option(False, "also the loss of a smoothed bigram model of the training part")
+    json: bool = option(False, JSON_HELP)
+    field: str = option("text", FIELD_HELP)
+
+
+def run(options: Options) -> int:
+    import torch
+
+    from llmfast.evaluation import bigram_loss, evaluate_loss
+
+    for name, least in (("batch_size", 1), ("eval_batches", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    if options.baseline and options.eval_batches:
+        raise UserError("--baseline compares over the whole split: leave out --eval-batches")
+    check_data(options.data, [])
+    with open_model(options, cast=False) as opened, tempfile.TemporaryDirectory(prefix="llmfast-") as scratch:
+        config = opened.model.config
+        T = config.block_size if options.block_size is None else options.block_size
+        if not 1 <= T <= config.block_size:
+            raise UserError(f"block size {T} must lie between 1 and the model's {config.block_size}")
+        corpus = _open_data(options, opened, Path(scratch))
+        if options.split == "val" and corpus.val is None:
+            raise UserError("the data has no validation part: leave out --split, or take --split train")
+        source = corpus.train if options.split == "train" or corpus.val is None else corpus.val
+        if options.baseline and source is corpus.train:
+            raise UserError("--baseline takes prepared data with a training and a validation part")
+        for part in (corpus.train, source):
+            check_ids(part, config.vocab_size)
+        device = next(opened.model.parameters()).device
+        result = evaluate_loss(
+            opened.model,
+            source,
+            T,
+            options.batch_size,
+            max_batches=options.eval_batches or None,
+            tokenizer=opened.tokenizer or corpus.tokenizer,
+            autocast=torch.autocast(device.type, opened.dtype, enabled=opened.dtype != torch.float32),
+        )
+        baseline = bigram_loss(corpus.train, source, config.vocab_size) if options.baseline else None
+    facts = result.to_dict() | {"checkpoint": str(opened.path), "block_size": T}
+    if baseline is not None:
+        facts["bigram_loss"] = baseline
+    if options.json:
+        print_json(facts)
+    else:
+        print(render(facts))
+    return 0
+
+
+def render(facts: dict[str, Any]) -> str:
+    """An evaluation for people."""
+    rows: list[tuple[str, object]] = [
+        ("checkpoint", facts["checkpoint"]),
+        ("tokens", f"{facts['tokens']:,} predicted, {facts['block_size']} at a time"),
+        ("loss", f"{facts['loss']:.4f} nats a token"),
+        ("perplexity", f"{facts['perplexity']:,.2f}"),
+    ]
+    if facts["bits_per_byte"] is not None:
+        rows.append(("bits per byte", f"{facts['bits_per_byte']:.4f}"))
+    if "bigram_loss" in facts:
+        bigram = facts["bigram_loss"]
+        better = bigram - facts["loss"]
+        side = "below" if better > 0 else "above"
+        rows.append(("bigram loss", f"{bigram:.4f} nats a token, perplexity {math.exp(bigram):,.2f}"))
+        rows.append(("", f"the model is {abs(better):.4f} nats {side} the bigram model"))
+    return table(rows)
+
+
+def _open_data(options: Options, opened: OpenModel, scratch: Path) -> Corpus:
+    """The tokens that ``--data`` names, or those of the run that the checkpoint belongs to."""
+    from llmfast.data.tokens import is_token_data
+
+    if options.data:
+        tokenizer = opened.tokenizer if is_token_data(options.data[0]) else opened.need_tokenizer()
+        preparing: dict[str, Any] = dict(val_fraction=0.0, field=options.field, progress=sys.stderr.isatty())
+        return open_corpus(options.data, scratch, tokenizer=tokenizer, val_data=[], **preparing)
+    run = opened.path.parent.parent if opened.path.parent.name == "checkpoints" else opened.path
+    if not (run / "data").is_dir():
+        raise UserError(f"{run} has no data of its own, as runs on text have: name some with --data")
+    corpus = open_prepared(run / "data")
+    if corpus.tokenizer is not None and opened.tokenizer is not None:
+        check_same(corpus.tokenizer, opened.tokenizer, str(run / "data"))
+    return corpus

@@ -1,0 +1,183 @@
+"""GPT: a pre-norm decoder with learned positions (Radford et al. 2019), configured by ``GPTConfig``.
+
+Shapes: B batch, T sequence, C width (n_embd), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmfast import ops
+from llmfast.config import GPTConfig
+from llmfast.nn import pretrained
+from llmfast.nn.kv_cache import KVCache
+from llmfast.nn.layers import Block, Embedding, LayerNorm, Linear
+
+
+class Decoder(nn.Module):
+    """Everything but the output head, under the names that nanoGPT and Hugging Face give it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = Embedding(config.vocab_size, config.n_embd)
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, bias=config.bias, eps=config.layer_norm_eps)
+
+
+class GPT(nn.Module):
+    """A GPT-2-style language model.
+
+    Parameter names are nanoGPT's and Hugging Face's (``transformer.h.0.attn.c_attn.weight``), weights (out, in).
+    ``torch.manual_seed`` alone decides the initial weights. Set ``activation_checkpointing`` to recompute each
+    block's activations in backward instead of keeping them; gradients stay the same, dropout included.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.transformer = Decoder(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.lm_head_bias)
+        self._tie()
+        self.init_weights()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT:
+        # Moves that make new parameters (to_empty from the meta device) would part the tied pair.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw all parameters anew from torch's default generator.
+
+        ``gpt2``: N(0, 0.02), the projections into the residual stream N(0, 0.02 / sqrt(2 n_layer)), biases 0
+        (Radford et al. 2019, positions as in nanoGPT and Hugging Face).
+        ``pytorch``: the defaults of nn.Embedding, N(0, 1), and nn.Linear, weights and biases uniform in
+        +-1 / sqrt(inputs); a tied matrix takes the Linear's.
+        """
+        gpt2 = self.config.init == "gpt2"
+        residual_std = 0.02 * (2 * self.config.n_layer) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, LayerNorm):
+                module.weight.fill_(1.0)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, Embedding) and module.weight is not self.lm_head.weight:
+                module.weight.normal_(0.0, 0.02 if gpt2 else 1.0)
+            elif isinstance(module, Linear):
+                bound = module.in_features**-0.5
+                if gpt2:
+                    module.weight.normal_(0.0, residual_std if name.endswith("c_proj") else 0.02)
+                else:
+                    module.weight.uniform_(-bound, bound)
+                if module.bias is not None:
+                    module.bias.zero_() if gpt2 else module.bias.uniform_(-bound, bound)
+
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        return_logits: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(logits, loss) of token ids.
+
+        ``idx`` (B, T) int64 or int32; ``targets`` (B, T) int64, -100 is ignored. Without targets: logits (B, T, V)
+        and None. With targets: the mean cross-entropy (a scalar in nats), and logits only with ``return_logits``.
+        With ``cache``, ``idx`` continues the cached tokens and is added to them.
+        Raises ``ValueError`` for a bad shape or dtype, a context longer than block_size, and, on the CPU, for ids
+        outside the vocabulary.
+        """
+        if targets is not None and targets.shape != idx.shape:
+            raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
+        x = self.hidden_states(idx, cache=cache)
+        head = self.lm_head
+        logits = head(x) if targets is None or return_logits else None
+        loss = None if targets is None else ops.linear_cross_entropy(x, head.weight, targets, bias=head.bias)
+        return logits, loss
+
+    def hidden_states(self, idx: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """What the output head reads: the normalised last hidden states (B, T, C) of ``idx`` (B, T).
+
+        With a cache no gradient is recorded.
+        """
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.hidden_states(idx, cache=cache)
+        T = self._check(idx)
+        x = self._embed(idx, cache)
+        branch: Any = None  # the first block has none
+        if cache is not None:
+            for block, layer in zip(self.transformer.h, cache.layers(T), strict=True):
+                x, branch = block(x, branch, layer)
+            cache.advance(T)
+        elif self.activation_checkpointing and torch.is_grad_enabled():
+            for block in self.transformer.h:
+                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+        else:
+            for block in self.transformer.h:
+                x, branch = block(x, branch)
+        return self.transformer.ln_f.add(branch, x, self.config.dropout if self.training else 0.0)[0]
+
+    def _check(self, idx: Tensor) -> int:
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"idx must be (batch, sequence) and not empty, got shape {tuple(idx.shape)}")
+        if idx.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"idx must hold int64 or int32 token ids, got {idx.dtype}")
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(f"idx holds {idx.shape[1]} tokens, block_size is {self.config.block_size}")
+        return idx.shape[1]
+
+    def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+        wte: Tensor = self.transformer.wte.weight
+        wpe: Tensor = self.transformer.wpe.weight
+        if cache is not None:
+            wpe = wpe[cache.positions(*idx.shape)]
+        elif idx.shape[1] < len(wpe):  # a whole wpe needs no slice, whose gradient would be one more copy
+            wpe = wpe[: idx.shape[1]]
+        if torch.compiler.is_compiling():
+            x = F.embedding(idx, wte)
+        else:
+            try:
+                x = F.embedding(idx, wte)
+            except IndexError:  # PyTorch's own check on the CPU, which costs nothing here
+                low, high = (int(v) for v in torch.aminmax(idx))
+                raise ValueError(f"token ids must lie in [0, {len(wte)}), got ids from {low} to {high}") from None
+        x = x + wpe
+        return ops.dropout(x, self.config.dropout if self.training else 0.0)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``directory`` (made if missing)."""
+        pretrained.save(self, Path(directory))
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> GPT:
+        """The model that ``save_pretrained`` wrote into the directory ``path``, in float32 on the CPU.
+
+        ``overrides`` may change ``dropout`` and ``attn_scale``. Raises ``UserError`` where ``path`` holds no such
+        model.
+        """
+        config, state = pretrained.load(Path(path), overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        pretrained.fill(model, state, Path(path))
+        return model

@@ -1,0 +1,250 @@
+"""Linear cross-entropy in chunks of rows, in plain PyTorch: logits become their own gradient in one reused buffer.
+
+For a chunk of rows: logits = x W^T + b, softmax in place, then per row
+
+    loss    = lse(z) - (1 - s) z[t] - s mean(z)                    s: label smoothing
+    dz      = softmax(z) - (1 - s) onehot(t) - s / V
+    dx = c dz W,  dW += dz^T (c x),  db += dz^T c                  c: the row's weight in the loss
+
+The gradients come in the forward pass, since dz is at hand there; the backward pass only multiplies them by the
+incoming scalar. The row weights c go onto x and dx, which are narrow, instead of dz. N rows, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmfast.ops import _checks
+from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with_onednn
+
+# Rows of a chunk on a CPU (measured: fewer stream the weight too often), and elements of a chunk elsewhere.
+CPU_ROWS = 512
+GPU_ELEMENTS = 1 << 26
+
+
+@dataclass
+class Chunked:
+    """Losses (N,), float32 or float64, 0 for ignored rows; and the gradients that were asked for."""
+
+    losses: Tensor
+    dx: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+def chunked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    counts: Tensor,
+    row_weight: Tensor,
+    label_smoothing: float,
+    wants: tuple[bool, bool, bool] = (False, False, False),
+    dtype: torch.dtype | None = None,
+) -> Chunked:
+    """Losses of all rows, and the gradients of sum(row_weight * losses) by x, weight and bias where ``wants`` says so.
+
+    x (N, C), weight (V, C), bias (V,) or None; target (N,) int64, every one in [0, V); counts (N,): 1, or 0 for an
+    ignored row (its row_weight must be 0 too), or NaN to poison it; row_weight (N,) float; dtype: of the products
+    (default: x's). The gradients have the dtypes of what they belong to; sums over rows are kept in float32 or better.
+    """
+    (N, C), V = x.shape, weight.shape[0]
+    low, dtype = dtype or x.dtype, _loss_dtype(x)
+    xs, ws = x.to(low), weight.to(low)
+    bs = None if bias is None else bias.to(low)
+    onednn = uses_onednn(xs[:CPU_ROWS], ws)
+    rows = CPU_ROWS if x.is_cpu else max(CPU_ROWS, GPU_ELEMENTS // max(V, 1))
+    exact = low is dtype  # float32 or float64: the products accumulate into the gradients themselves
+
+    losses = torch.zeros(N, dtype=dtype, device=x.device)
+    dx = torch.empty(N, C, dtype=x.dtype, device=x.device) if wants[0] else None
+    dweight = None  # the first chunk makes it
+    dbias = torch.zeros(V, dtype=dtype, device=x.device) if wants[2] else None
+    buffer = torch.empty(min(rows, N), V, dtype=low, device=x.device)
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        xc, tc, c = xs[part], target[part, None], row_weight[part].to(dtype)
+        logits = _logits(xc, ws, bs, buffer[: xc.shape[0]], onednn)
+        z = logits if exact else logits.to(dtype)
+        top = z.amax(1)
+        expected = (1 - label_smoothing) * z.gather(1, tc)[:, 0]
+        if label_smoothing:
+            expected += label_smoothing * z.mean(1)
+        p = torch.softmax(z, 1, out=z) if z.is_cpu else torch.softmax(z, 1)
+        # The largest probability is exp(top - lse): it cannot underflow, so that lse is exact however small p[t] is.
+        losses[part] = (top - p.amax(1).log() - expected) * counts[part]
+        if not any(wants):
+            continue
+        if label_smoothing:
+            p.sub_(label_smoothing / V)
+        p.scatter_add_(1, tc, p.new_full((1, 1), label_smoothing - 1).expand_as(tc))
+        dz = p if exact else logits.copy_(p)
+        if dx is not None:
+            dx[part] = mm_nn(dz, ws, onednn).to(dtype).mul_(c[:, None])
+        if wants[1]:
+            scaled = xc * c[:, None].to(low)
+            if dweight is None:
+                dweight = mm_tn(dz, scaled, onednn).to(dtype)
+            elif exact:
+                add_mm_tn(dweight, dz, scaled, onednn)
+            else:
+                dweight += mm_tn(dz, scaled, onednn)
+        if dbias is not None:
+            for few, weights in zip(p.split(64), c.split(64), strict=True):  # a long running sum would lose bits
+                dbias += few.t().mv(weights)
+    if wants[1] and dweight is None:
+        dweight = torch.zeros(V, C, dtype=dtype, device=x.device)
+    return Chunked(
+        losses,
+        dx,
+        None if dweight is None else dweight.to(weight.dtype),
+        None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, onednn: bool) -> Tensor:
+    """x W^T + b in ``out``."""
+    if onednn and x.dtype is not torch.float32:
+        return mm_nt(x, weight, True, bias)  # without out=, which only the switched products have
+    product, args = (torch.mm, (x, weight.t())) if bias is None else (torch.addmm, (bias, x, weight.t()))
+    return with_onednn(product, *args, out=out) if onednn else product(*args, out=out)
+
+
+# ---- Eager autograd --------------------------------------------------------------------------------------------------
+
+
+class ChunkedSum(torch.autograd.Function):
+    """sum(row_weight * losses), a scalar whose gradients are ready when it is."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
+        label_smoothing: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        wants = ctx.needs_input_grad[:3]
+        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, wants, dtype)
+        ctx.save_for_backward(done.dx, done.dweight, done.dbias)
+        return (done.losses * row_weight).sum()
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.once("linear_cross_entropy")
+        grads = ctx.saved_tensors
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()  # autograd adds to what it was given
+        if kept or not (dloss.is_cpu and dloss.item() == 1.0):  # asking a GPU would wait for it
+            grads = tuple(None if g is None else (g * dloss).to(g.dtype) for g in grads)
+        return (*grads, None, None, None, None, None)
+
+
+class ChunkedRows(torch.autograd.Function):
+    """The losses of all rows; the backward pass computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
+        label_smoothing: float, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, target, counts)
+        ctx.options = label_smoothing, dtype
+        return chunked(x, weight, bias, target, counts, row_weight, label_smoothing, dtype=dtype).losses
+
+    @staticmethod
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.once("linear_cross_entropy")
+        x, weight, bias, target, counts = ctx.saved_tensors
+        label_smoothing, dtype = ctx.options
+        weights = dlosses * counts
+        done = chunked(x, weight, bias, target, counts, weights, label_smoothing, ctx.needs_input_grad[:3], dtype)
+        return done.dx, done.dweight, done.dbias, None, None, None, None, None
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# The chunk loop as one opaque op, so that a compiled graph holds neither the unrolled loop nor an (N, V) tensor.
+
+
+@torch.library.custom_op("llmfast::chunked_sum", mutates_args=())
+def chunked_sum(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    counts: Tensor,
+    row_weight: Tensor,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum(row_weight * losses), dx, dweight, dbias); gradients that are not wanted are empty."""
+    with torch.autocast(x.device.type, enabled=False):
+        want = (wants[0], wants[1], wants[2])
+        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, want, dtype)
+    dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in (done.dx, done.dweight, done.dbias))
+    return (done.losses * row_weight).sum(), dx, dweight, dbias
+
+
+@chunked_sum.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wants = rest[-1]
+    return (
+        x.new_empty((), dtype=_loss_dtype(x)),
+        x.new_empty(x.shape) if wants[0] else x.new_empty(0),
+        weight.new_empty(weight.shape) if wants[1] else x.new_empty(0),
+        bias.new_empty(bias.shape) if wants[2] and bias is not None else x.new_empty(0),
+    )
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wants = inputs[-1]
+    ctx.save_for_backward(*output[1:])
+
+
+def _sum_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    grads = ((g * dloss).to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wants, strict=True))
+    return (*grads, *([None] * 6))
+
+
+chunked_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
+@torch.library.custom_op("llmfast::chunked_rows", mutates_args=())
+def chunked_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    counts: Tensor,
+    label_smoothing: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The losses (N,)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return chunked(x, weight, bias, target, counts, counts, label_smoothing, dtype=dtype).losses
+
+
+@chunked_rows.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=_loss_dtype(x))
+
+
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.label_smoothing, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _rows_backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, target, counts = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:3])
+    grads = chunked_sum(x, weight, bias, target, counts, dlosses * counts, ctx.label_smoothing, ctx.dtype, wants)[1:]
+    return (*(g if want else None for g, want in zip(grads, wants, strict=True)), *([None] * 4))
+
+
+chunked_rows.register_autograd(_rows_backward, setup_context=_rows_setup)

@@ -1,0 +1,189 @@
+"""The two-layer perceptron of a transformer block.
+
+    y = act(x W1^T + b1) W2^T + b2        act: gelu_tanh (GPT-2), gelu (exact) or relu
+
+Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. N rows, C width, M hidden width.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmfast.config import suggest
+from llmfast.ops import _checks
+from llmfast.ops._registry import Cost, Implementation, Op
+from llmfast.ops._samples import Randn, pick, tensor_bytes
+from llmfast.ops.matmul import linear, mm_nn, mm_nt, mm_tn, uses_onednn
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """The activation called ``activation``."""
+    if activation == "relu":
+        return F.relu(h)
+    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _reference(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    h = x @ fc_weight.T if fc_bias is None else x @ fc_weight.T + fc_bias
+    if activation == "gelu_tanh":
+        a = 0.5 * h * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)))
+    elif activation == "gelu":
+        a = 0.5 * h * (1 + torch.erf(h / 2**0.5))
+    else:
+        a = h.clamp(min=0)
+    y = a @ proj_weight.T
+    return y if proj_bias is None else y + proj_bias
+
+
+def _eager(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    return F.linear(activate(F.linear(x, fc_weight, fc_bias), activation), proj_weight, proj_bias)
+
+
+def _torch(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+) -> Tensor:
+    if torch.is_grad_enabled() and activation != "gelu_tanh" and uses_onednn(x, fc_weight):
+        return _Mlp.apply(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)
+    return linear(activate(linear(x, fc_weight, fc_bias), activation), proj_weight, proj_bias)
+
+
+class _Mlp(torch.autograd.Function):
+    """Keeps one hidden tensor instead of two: relu's output, or gelu's input, whose activation is computed again.
+
+    For the tanh form PyTorch's activation takes as long as a tenth of a product, so it stays with two linears.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
+        activation: str,
+    ) -> Tensor:  # fmt: skip
+        h = mm_nt(x, fc_weight, True, fc_bias)
+        a = h.relu_() if activation == "relu" else F.gelu(h)
+        ctx.activation = activation
+        ctx.save_for_backward(x, h, fc_weight, proj_weight, fc_bias, proj_bias)
+        return mm_nt(a, proj_weight, True, proj_bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.once("mlp")
+        x, h, fc_weight, proj_weight, fc_bias, proj_bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dy, h, rows = (t.reshape(-1, t.shape[-1]) for t in (dy, h, x))
+        dproj = None
+        if needs[3]:
+            dproj = mm_tn(dy, h if ctx.activation == "relu" else F.gelu(h), True)
+        dproj_bias = dy.sum(0) if proj_bias is not None and needs[4] else None
+        dh = mm_nn(dy, proj_weight, True)
+        if ctx.activation == "relu":
+            dh = torch.ops.aten.threshold_backward.grad_input(dh, h, 0, grad_input=dh)
+        else:
+            dh = torch.ops.aten.gelu_backward.grad_input(dh, h, grad_input=dh)
+        dfc = mm_tn(dh, rows, True) if needs[1] else None
+        dfc_bias = dh.sum(0) if fc_bias is not None and needs[2] else None
+        dx = mm_nn(dh, fc_weight, True).view(x.shape) if needs[0] else None
+        return dx, dfc, dfc_bias, dproj, dproj_bias, None
+
+
+# ---- Op --------------------------------------------------------------------------------------------------------------
+
+
+def _inputs(shape: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
+    randn, C, M = Randn(dtype, device), shape["C"], shape["M"]
+    bias = shape.get("bias", True)
+    return {
+        "x": randn(*shape["rows"], C),
+        "fc_weight": randn(M, C, scale=C**-0.5),
+        "fc_bias": randn(M) if bias else None,
+        "proj_weight": randn(C, M, scale=M**-0.5),
+        "proj_bias": randn(C) if bias else None,
+        "activation": shape.get("activation", "gelu_tanh"),
+    }
+
+
+def _random_shape(rng: random.Random) -> dict[str, Any]:
+    rows = tuple(pick(rng) for _ in range(rng.randint(0, 2)))
+    sizes = {"C": rng.choice((1, 7, 32, 97)), "M": rng.choice((1, 13, 128, 257))}
+    return {"rows": rows, **sizes, "bias": rng.random() < 0.6, "activation": rng.choice(ACTIVATIONS)}
+
+
+def _cost(x: Tensor, fc_weight: Tensor, fc_bias: Any, proj_weight: Tensor, proj_bias: Any, **_: Any) -> Cost:
+    flops = 4 * x.shape[:-1].numel() * fc_weight.numel()
+    return Cost(bytes=2 * tensor_bytes(x) + tensor_bytes(fc_weight, fc_bias, proj_weight, proj_bias), flops=flops)
+
+
+_op = Op(
+    name="mlp",
+    reference=_reference,
+    eager=_eager,
+    samples=[
+        {"rows": (2, 37), "C": 48, "M": 192},
+        {"rows": (9,), "C": 31, "M": 97, "bias": False, "activation": "gelu"},
+        {"rows": (129,), "C": 130, "M": 257, "activation": "relu"},
+        {"rows": (129,), "C": 130, "M": 257, "activation": "gelu"},
+        {"rows": (1, 1), "C": 1, "M": 1, "activation": "relu"},
+        {"rows": (0, 3), "C": 5, "M": 7},
+    ],
+    gpu_samples=[{"rows": (16, 1024), "C": C, "M": 4 * C} for C in (768, 1024, 1600)],
+    random_shape=_random_shape,
+    inputs=_inputs,
+    cost=_cost,
+    implementations=[Implementation("torch", _torch, "PyTorch")],
+)
+
+
+@_op.public
+def mlp(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    activation: str = "gelu_tanh",
+) -> Tensor:
+    """Linear, activation, linear.
+
+    x: (..., C); fc_weight: (M, C); fc_bias: (M,) or None; proj_weight: (C_out, M); proj_bias: (C_out,) or None; one
+    dtype (under autocast: any). activation: "gelu_tanh", "gelu" or "relu". Returns (..., C_out). Where oneDNN runs it,
+    "gelu" and "relu" are differentiable once. Raises ``ValueError``/``TypeError`` for arguments that do not fit.
+    """
+    _checks.floating("mlp", "x", x)
+    _checks.floating("mlp", "fc_weight", fc_weight, 2)
+    _checks.floating("mlp", "proj_weight", proj_weight, 2)
+    M = fc_weight.shape[0]
+    _checks.parameter("mlp", "fc_weight", fc_weight, (M, x.shape[-1]), x)
+    _checks.parameter("mlp", "proj_weight", proj_weight, (proj_weight.shape[0], M), x)
+    if fc_bias is not None:
+        _checks.parameter("mlp", "fc_bias", fc_bias, (M,), x)
+    if proj_bias is not None:
+        _checks.parameter("mlp", "proj_bias", proj_bias, (proj_weight.shape[0],), x)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"mlp: activation must be {', '.join(ACTIVATIONS)}, "
+            f"got {activation!r}{suggest(str(activation), ACTIVATIONS)}"
+        )
+    return _op(x, fc_weight, fc_bias, proj_weight, proj_bias, activation)

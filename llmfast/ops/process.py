@@ -1,0 +1,68 @@
+"""What a training process wants on a CPU: an allocator that keeps its pages, threads, matmul routing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from llmfast.errors import UserError
+from llmfast.ops import matmul
+
+# malloc.h
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_HUGE = 2**31 - 1
+
+_allocator: str | None = None
+
+
+@dataclass(frozen=True)
+class ProcessReport:
+    """What ``tune_process`` found or set."""
+
+    allocator: str
+    threads: int
+    matmul: dict[str, str]
+
+    def __str__(self) -> str:
+        routes = ", ".join(f"{name} {route}" for name, route in self.matmul.items())
+        return f"allocator: {self.allocator}; threads: {self.threads}; matrix products: {routes}"
+
+
+def tune_process(threads: int | None = None) -> ProcessReport:
+    """Make this process fast at training on a CPU; the command line and the training loop call it, importing does not.
+
+    Large tensors are kept by the allocator instead of going back to the system (page faults on them cost a third of a
+    step), ``threads`` PyTorch threads are set (None: as they are), and the matrix-product routing is measured if it is
+    not yet decided. Calling it again changes nothing but a new ``threads``. ``UserError`` for fewer than one thread.
+    """
+    global _allocator
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"threads must be at least 1, got {threads}")
+        if threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
+    if _allocator is None:
+        _allocator = _keep_pages()
+    return ProcessReport(_allocator, torch.get_num_threads(), matmul.matmul_routing())
+
+
+def _keep_pages() -> str:
+    """Tell glibc's malloc never to map or trim; says what it did."""
+    if platform.libc_ver()[0] != "glibc":
+        return f"nothing done (no glibc on {platform.system()})"
+    if any(name in os.environ.get("LD_PRELOAD", "") for name in ("jemalloc", "tcmalloc", "mimalloc")):
+        return "nothing done (another allocator is preloaded)"
+    mallopt = ctypes.CDLL(None).mallopt
+    if not (mallopt(_M_MMAP_THRESHOLD, _HUGE) and mallopt(_M_TRIM_THRESHOLD, _HUGE)):
+        return "nothing done (mallopt refused)"
+    return "glibc keeps freed memory"
+
+
+def allocator_state() -> str:
+    """What ``tune_process`` did to the allocator, or that it has not run."""
+    return _allocator or "not tuned (tune_process has not run)"

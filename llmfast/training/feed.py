@@ -1,0 +1,73 @@
+"""What the loop reads: training batches, fixed evaluation batches, and what tells one data set from another."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from llmfast.config import TrainConfig
+from llmfast.data import Batches
+from llmfast.errors import UserError
+
+
+class BatchSource(Protocol):
+    """A fine-tuning's own data: ``batch(p)`` holds samples p .. p + micro_batch_size - 1, wrapping after an epoch."""
+
+    samples_per_epoch: int
+
+    def batch(self, position: int) -> tuple[Tensor, ...]: ...
+
+
+def training_batches(data: Any, config: TrainConfig, block_size: int) -> BatchSource:
+    """``data`` itself where it gives batches, else the windows of a ``TokenSource``."""
+    if hasattr(data, "batch"):
+        return data
+    return Batches(
+        data,
+        block_size,
+        config.micro_batch_size,
+        stride=config.stride,
+        sampling=config.sampling,
+        shuffle=config.shuffle,
+        seed=config.seed,
+    )
+
+
+class EvalBatches:
+    """The same micro batches at every evaluation: ``count`` of them spread evenly over the split, or all (0)."""
+
+    def __init__(self, data: Any, block_size: int, batch_size: int, count: int) -> None:
+        own = hasattr(data, "batch")
+        self._batches = data if own else Batches(data, block_size, batch_size, shuffle=False)
+        self._size = batch_size
+        total = self._batches.samples_per_epoch
+        if total < 1:
+            raise UserError(
+                f"the validation data has no sequence of {block_size} tokens: give more, or a smaller block"
+            )
+        self.count = math.ceil(total / batch_size) if count == 0 else min(count, math.ceil(total / batch_size))
+        # (first sample, samples); the last batch of a split is short rather than counted twice.
+        starts = [i * batch_size if count == 0 else i * total // self.count for i in range(self.count)]
+        self._places = [(start, min(batch_size, total - start)) for start in starts]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for start, rows in self._places:
+            batch = self._batches.batch(start)
+            yield batch if rows == self._size else tuple(tensor[:rows] for tensor in batch)
+
+
+def fingerprint(data: Any) -> dict[str, Any]:
+    """What a resume must find again: the number of tokens and a hash of 64 places (of own batches: their number)."""
+    if hasattr(data, "batch"):
+        return {"samples": data.samples_per_epoch}
+    tokens = len(data)
+    length = min(tokens, 256)
+    digest = hashlib.sha256()
+    for start in np.linspace(0, tokens - length, 64).astype(np.int64):
+        digest.update(np.ascontiguousarray(data.window(int(start), length), dtype=np.int64).tobytes())
+    return {"tokens": tokens, "sha256": digest.hexdigest()}

@@ -1,0 +1,186 @@
+"""What a run tells: metrics.jsonl, loss.png, samples.txt, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+METRICS = "step tokens loss train_loss val_loss lr grad_norm tokens_per_second mfu".split()
+PLOT_SECONDS = 60.0  # at most so often while the run lasts: a plot takes a third of a second
+LINE_SECONDS = 10.0  # where no bar can be drawn
+
+
+class Report:
+    """Writes a run's files and draws its progress on standard error.
+
+    ``done`` steps of ``total`` are done already: what an earlier process wrote about later ones is cut, so that no
+    step appears twice.
+    """
+
+    def __init__(self, directory: Path, *, done: int, total: int, progress: bool) -> None:
+        self._directory = directory
+        self._path = directory / "metrics.jsonl"
+        self._samples = directory / "samples.txt"
+        self._total = total
+        self._progress = progress
+        self._plotted = self._printed = time.monotonic()
+        _keep(self._path, [line for line in _lines(self._path) if _step(line) <= done])
+        _keep(self._samples, _samples_until(self._samples, done))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._bar = tqdm(
+            total=total, initial=done, unit="step", disable=None if progress else True, dynamic_ncols=True, leave=False
+        )
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        if self._progress:
+            tqdm.write(text, file=sys.stderr)
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Append one line; values that are None are left out."""
+        known = {key: values[key] for key in METRICS if values.get(key) is not None}
+        line = {key: value for key, value in known.items() if math.isfinite(value)}  # JSON has no other numbers
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._bar.set_postfix_str(_numbers(line), refresh=False)
+        evaluated = "val_loss" in line or line["step"] == self._total
+        if evaluated or (self._bar.disable and time.monotonic() - self._printed > LINE_SECONDS):
+            self.say(f"step {line['step']:,}/{self._total:,}  {_numbers(line)}")
+            self._printed = time.monotonic()
+
+    def sample(self, step: int, text: str) -> None:
+        """Append to samples.txt and show the beginning."""
+        with self._samples.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{_header(step)}\n{text}\n\n")
+        shown = " ".join(text.split())
+        self.say(f"  sample: {shown[:100]}{'...' if len(shown) > 100 else ''}")
+
+    def plot(self, *, now: bool = False) -> None:
+        """Draw loss.png from metrics.jsonl, unless that was done a moment ago."""
+        if not now and time.monotonic() - self._plotted < PLOT_SECONDS:
+            return
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        lines = [json.loads(line) for line in _lines(self._path)]
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        curves = (
+            ("loss", "training", "-"),
+            ("train_loss", "training, without dropout", "o-"),
+            ("val_loss", "validation", "o-"),
+        )
+        for key, label, style in curves:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+        axes.set(xlabel="step", ylabel="cross-entropy (nats a token)")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        unfinished = self._directory / ".loss.png"
+        figure.savefig(unfinished, format="png", dpi=120)
+        os.replace(unfinished, self._directory / "loss.png")
+        self._plotted = time.monotonic()
+
+
+class Speed:
+    """Loss, tokens/s and MFU since the last metrics line, and tokens/s of the whole run.
+
+    ``flops`` is the work of one token, ``peak`` the device's FLOP/s; without them there is no MFU. Evaluations,
+    samples and checkpoints stand between ``read`` and ``restart`` and do not count.
+    """
+
+    def __init__(self, flops: float | None, peak: float | None) -> None:
+        self._share = flops / peak if flops and peak else None
+        self._all_tokens, self._all_seconds = 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._tokens = 0
+        self._loss: Any = 0.0
+        self._began = time.perf_counter()
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        self._loss = self._loss + loss * tokens
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float | None]:
+        """The values of a metrics line; waits for the device."""
+        loss = float(self._loss) / self._tokens
+        seconds = time.perf_counter() - self._began
+        self._all_tokens, self._all_seconds = self._all_tokens + self._tokens, self._all_seconds + seconds
+        rate = self._tokens / seconds
+        return {"loss": loss, "tokens_per_second": rate, "mfu": rate * self._share if self._share else None}
+
+    @property
+    def overall(self) -> float | None:
+        return self._all_tokens / self._all_seconds if self._all_tokens else None
+
+
+def _numbers(line: dict[str, Any]) -> str:
+    parts = [f"loss {line['loss']:.4f}"] if "loss" in line else []
+    if "train_loss" in line:
+        parts.append(f"train {line['train_loss']:.4f}")
+    if "val_loss" in line:
+        parts.append(f"val {line['val_loss']:.4f}")
+    if "tokens_per_second" in line:
+        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in line:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def _header(step: int) -> str:
+    return f"===== step {step} ====="
+
+
+def _lines(path: Path) -> list[str]:
+    # Not splitlines(): a sample may hold any of the characters that it splits at.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _step(line: str) -> float:
+    """The step of a metrics line; infinite for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _samples_until(path: Path, step: int) -> list[str]:
+    kept: list[str] = []
+    for line in _lines(path):
+        header = re.fullmatch(r"===== step (\d+) =====", line)
+        if header and int(header[1]) > step:
+            break
+        kept.append(line)
+    return kept
+
+
+def _keep(path: Path, lines: list[str]) -> None:
+    """Cut a file to ``lines``, in one step."""
+    if path.exists():
+        shorter = path.with_name(f".{path.name}")
+        shorter.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(shorter, path)

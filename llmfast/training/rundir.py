@@ -1,0 +1,84 @@
+"""The run directory: one process at a time, one run at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from llmfast.checkpoint import remove_stale
+from llmfast.config import TrainConfig
+from llmfast.data.shards import lock_file
+from llmfast.errors import UserError
+
+CONFIG_FILE = "config.toml"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+
+
+class RunDirectory:
+    """``path`` with an exclusive lock for as long as the context lasts; a killed process's lock ends with it.
+
+    Raises ``UserError`` where another process trains there, where there is a run already and ``resume`` is false,
+    and where the directory cannot be made.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / METRICS_FILE
+        self._resume = resume
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> RunDirectory:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK_FILE, "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to the run directory {self.path}: {error.strerror or error}") from None
+        try:
+            lock_file(self._lock)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "unknown"
+            self._lock.close()
+            raise UserError(
+                f"{self.path} is in use by process {owner}: wait for it, stop it, or choose another --out"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
+        if not self._resume and any((self.path / name).exists() for name in (METRICS_FILE, "checkpoints")):
+            self._lock.close()
+            raise UserError(f"{self.path} already holds a run: pass --resume to go on with it, or choose another --out")
+        remove_stale(self.checkpoints)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write ``config.toml``; ``resume`` is left out, so that the file starts the same run elsewhere."""
+        values = {key: value for key, value in dataclasses.asdict(config).items() if key != "resume"}
+        new = self.path / f".{CONFIG_FILE}"
+        new.write_text(to_toml(values), encoding="utf-8")
+        os.replace(new, self.path / CONFIG_FILE)
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """A flat TOML document of booleans, numbers, strings and lists; None, which TOML lacks, is left out."""
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in values.items() if value is not None)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which JSON leaves as it is.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that threads gain nothing, and that wait for them on a busy machine."""
+    import torch  # here, so that tests of rooms that do without it stay quick
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

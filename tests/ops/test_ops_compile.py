@@ -1,0 +1,126 @@
+"""torch.compile without a graph break, opcheck of the raw ops, vmap."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmfast import ops
+from llmfast.ops import _library, _verify
+from llmfast.ops._registry import OPS, use_backend
+
+needs_library = pytest.mark.skipif(_library.why_not_loaded() is not None, reason=str(_library.why_not_loaded()))
+BACKENDS = [
+    pytest.param(name, implementation.backend, id=f"{name}-{implementation.backend}")
+    for name, op in OPS.items()
+    for implementation in op.implementations
+    if not implementation.why_not_on(torch.device("cpu"), torch.float32)
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_compiles_whole_with_the_same_results_and_gradients(name, backend):
+    op = OPS[name]
+    inputs = op.inputs(op.samples[0], torch.float32, "cpu")
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    with use_backend(f"{name}={backend}"):
+        exact = _verify._outputs_and_gradients(op.function, inputs)
+        ours = _verify._outputs_and_gradients(compiled, inputs)
+    for key, value in ours.items():
+        torch.testing.assert_close(value, exact[key], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_code_follows_use_backend():
+    compiled = torch.compile(ops.layer_norm, fullgraph=True, backend="aot_eager")
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    with use_backend("torch"):
+        compiled(x, weight)
+    with use_backend("triton"), pytest.raises(Exception, match="no triton kernel"):
+        compiled(x, weight)
+
+
+def test_inductor_takes_a_step_of_several_ops():
+    def step(x, weight, bias, target):
+        y, residual = ops.add_layer_norm(x, x, weight[0], bias)
+        return ops.linear_cross_entropy(ops.linear(y, weight) + residual, weight, target)
+
+    inputs = (torch.randn(9, 16), torch.randn(16, 16), torch.randn(16))
+    exact = [t.clone().requires_grad_() for t in inputs]
+    ours = [t.clone().requires_grad_() for t in inputs]
+    target = torch.arange(9)
+    expected = step(*exact, target)
+    expected.backward()
+    loss = torch.compile(step, fullgraph=True)(*ours, target)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_loss_is_nan_for_a_target_out_of_range():
+    compiled = torch.compile(ops.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8)
+    assert torch.isnan(compiled(x, weight, torch.tensor([0, 11, 2])))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, False)])
+def test_opcheck_of_the_native_layer_norm(dtype, weight, bias):
+    x = torch.randn(3, 5, 17).to(dtype).requires_grad_()
+    w = torch.randn(17, requires_grad=True) if weight else None
+    b = torch.randn(17, requires_grad=True) if bias else None
+    raw = torch.ops.llmfast
+    torch.library.opcheck(raw.layer_norm_fwd.default, (x, w, b, 1e-5), **_tolerance(dtype))
+    _, mean, rstd = raw.layer_norm_fwd(x.detach(), w, b, 1e-5)
+    arguments = (torch.randn(3, 5, 17).to(dtype), x.detach(), None if w is None else w.detach(), mean, rstd, bias)
+    torch.library.opcheck(raw.layer_norm_bwd.default, tuple(a.detach() if torch.is_tensor(a) else a for a in arguments))
+
+
+def _tolerance(dtype):
+    return {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_of_the_chunked_losses(bias):
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    b = torch.randn(11, requires_grad=True) if bias else None
+    target, counts = torch.arange(6), torch.tensor([1.0, 0, 1, 1, 0, 1])
+    raw = torch.ops.llmfast
+    torch.library.opcheck(raw.chunked_rows.default, (x, weight, b, target, counts, 0.1, torch.float32))
+    wants = [True, True, bias]
+    arguments = (x, weight, b, target, counts, counts / 4, 0.1, torch.float32, wants)
+    torch.library.opcheck(raw.chunked_sum.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "mlp", "causal_attention", "lora_linear", "linear_cross_entropy"])
+def test_vmap_goes_through_plain_pytorch(name):
+    op = OPS[name]
+    inputs = op.inputs(op.samples[0], torch.float32, "cpu")
+    first = next(iter(inputs))
+    rest = {k: v for k, v in inputs.items() if k != first}
+    expected = torch.stack([op.function(**{first: s * inputs[first]}, **rest) for s in (1.0, 2.0)])
+    stacked = torch.stack([inputs[first], 2 * inputs[first]])
+    batched = torch.func.vmap(lambda x: op.function(**{first: x}, **rest))(stacked)
+    torch.testing.assert_close(batched, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_eager_use_does_not_import_the_compiler():
+    program = (
+        "import sys, torch; from llmfast import ops; x = torch.randn(4, 8, requires_grad=True)\n"
+        "assert not hasattr(torch.ops.llmfast, 'layer_norm_fwd')\n"
+        "y = ops.layer_norm(ops.mlp(x, torch.randn(16, 8), None, torch.randn(8, 16), None), torch.ones(8))\n"
+        "ops.linear_cross_entropy(y, torch.randn(9, 8), torch.arange(4)).backward()\n"
+        "sys.exit(1 if 'torch._dynamo' in sys.modules else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
