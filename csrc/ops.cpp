@@ -10,6 +10,14 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
   m.def(
       "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  // q (B, H, Tq, D), k, v (B, H, Tk, D); out and the gradients as (B, T, H, D) in memory; lse float32 (B, H, Tq); seed int64,
+  // needed with dropout; kv_lens (B,), doc_ids (B, Tk).
+  m.def(
+      "causal_attention_fwd(Tensor q, Tensor k, Tensor v, float scale, float dropout_p, Tensor? seed, Tensor? kv_lens,"
+      " Tensor? doc_ids) -> (Tensor out, Tensor lse)");
+  m.def(
+      "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
+      " float dropout_p, Tensor? seed, Tensor? kv_lens, Tensor? doc_ids) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

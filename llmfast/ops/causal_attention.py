@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast.ops import _checks
+from llmfast.ops import _checks, _library
 from llmfast.ops._dropout import keep_mask
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
@@ -144,6 +144,94 @@ def _bmm(a: Tensor, b: Tensor, onednn: bool) -> Tensor:
     return with_onednn(torch.bmm, a, b) if onednn else torch.bmm(a, b)
 
 
+# ---- Native kernel ---------------------------------------------------------------------------------------------------
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    dropout_p: float,
+    kv_lens: Tensor | None,
+    doc_ids: Tensor | None,
+) -> Tensor:
+    """csrc/cpu/attention.cpp."""
+    cast = _checks.autocast_dtype(q)
+    if cast is not None:
+        q, k, v = q.to(cast), k.to(cast), v.to(cast)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = torch.empty(1, dtype=torch.int64).random_() if dropout_p else None
+    if torch.compiler.is_compiling():
+        return torch.ops.llmfast.causal_attention_fwd(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.llmfast.causal_attention_fwd.default(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
+
+
+class _Attention(torch.autograd.Function):
+    """What ``register_autograd`` (below) does, cheaper a call."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = torch.ops.llmfast.causal_attention_fwd.default(q, k, v, *rest)
+        scale, dropout_p, seed, kv_lens, doc_ids = rest
+        ctx.save_for_backward(q, k, v, out, lse, seed, kv_lens, doc_ids)
+        ctx.options = scale, dropout_p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.once("causal_attention")
+        q, k, v, out, lse, *masks = ctx.saved_tensors
+        gradients = torch.ops.llmfast.causal_attention_bwd.default(dout, q, k, v, out, lse, *ctx.options, *masks)
+        return *gradients, None, None, None, None, None
+
+
+@_library.on_load
+def _register() -> None:
+    def heads(q: Tensor, T: int) -> Tensor:
+        B, H, _, D = q.shape
+        return q.new_empty((B, T, H, D)).transpose(1, 2)
+
+    @torch.library.register_fake("llmfast::causal_attention_fwd")
+    def _fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    @torch.library.register_fake("llmfast::causal_attention_bwd")
+    def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return heads(q, q.shape[2]), heads(q, k.shape[2]), heads(q, k.shape[2])
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, scale, dropout_p, *masks = inputs
+        out, lse = output
+        ctx.save_for_backward(q, k, v, out, lse, *masks)
+        ctx.options = scale, dropout_p
+        ctx.mark_non_differentiable(lse)
+
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *masks = ctx.saved_tensors
+        gradients = torch.ops.llmfast.causal_attention_bwd(dout, q, k, v, out, lse, *ctx.options, *masks)
+        return *gradients, None, None, None, None, None
+
+    torch.library.register_autograd("llmfast::causal_attention_fwd", backward, setup_context=setup)
+
+
+def _native_declines(q: Tensor, k: Tensor, v: Tensor, scale: float | None, dropout_p: float, *_: Any) -> list[str]:
+    reasons = _library.transforms()
+    if _checks.autocast_dtype(q) not in (None, torch.bfloat16):
+        reasons = [*reasons, f"takes no {torch.get_autocast_dtype('cpu')} of autocast"]
+    if dropout_p:
+        reasons = [*reasons, "no dropout yet"]
+    return reasons
+
+
+def _faster_elsewhere(q: Tensor, *_: Any) -> bool:
+    return True
+
+
 # ---- Op --------------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +298,19 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    implementations=[Implementation("torch", _torch, "PyTorch (SDPA)")],
+    implementations=[
+        Implementation(
+            "cpp",
+            _native,
+            "ours",
+            ("cpu",),
+            (torch.float32, torch.bfloat16),
+            _library.unavailable,
+            _native_declines,
+            _faster_elsewhere,
+        ),
+        Implementation("torch", _torch, "PyTorch (SDPA)"),
+    ],
 )
 
 

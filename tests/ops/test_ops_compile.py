@@ -91,6 +91,20 @@ def _tolerance(dtype):
     return {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masks", [True, False])
+def test_opcheck_of_the_native_attention(dtype, masks):
+    q, k, v = (torch.randn(2, 3, T, 8).to(dtype).requires_grad_() for T in (5, 7, 7))
+    rest = (torch.tensor([4, 7]), torch.arange(14).view(2, 7) // 3) if masks else (None, None)
+    options = (0.3, 0.0, None, *rest)
+    raw = torch.ops.llmfast
+    torch.library.opcheck(raw.causal_attention_fwd.default, (q, k, v, *options), **_tolerance(dtype))
+    q, k, v = (t.detach() for t in (q, k, v))
+    out, lse = raw.causal_attention_fwd(q, k, v, *options)
+    torch.library.opcheck(raw.causal_attention_bwd.default, (torch.randn_like(out), q, k, v, out, lse, *options))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_of_the_chunked_losses(bias):
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
