@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
   m.def(
       "causal_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale,"
       " float dropout_p, Tensor? seed, Tensor? kv_lens, Tensor? doc_ids) -> (Tensor dq, Tensor dk, Tensor dv)");
+  // x with elements set to 0 with probability p, the others times 1 / (1 - p); seed one int64 (csrc/cpu/philox.h).
+  m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

@@ -1,14 +1,49 @@
-"""Dropout from the default torch generator, without PyTorch's slow CPU Bernoulli."""
+"""Dropout from the default torch generator, without PyTorch's slow CPU Bernoulli.
+
+On a CPU the kernel of csrc/cpu/philox.h makes the mask from one number of the generator, in the backward pass again;
+without the compiled library, and for dtypes it does not take, the mask comes from the generator's own bits.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast.ops import _checks
+from llmfast.ops import _checks, _library
 
 _LEVELS = 1 << 16
+
+
+def new_seed() -> Tensor:
+    """One int64 from the CPU's default generator: the seed of all masks of one call of an op."""
+    if torch.compiler.is_compiling():
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64).random_()
+
+
+class _Dropout(torch.autograd.Function):
+    """csrc/cpu/dropout.cpp. Linear in x: its gradient is itself, with the same seed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.p = p
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.llmfast.dropout.default(x, seed, p)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _Dropout.apply(dy, ctx.saved_tensors[0], ctx.p), None, None
+
+
+@_library.on_load
+def _register() -> None:
+    @torch.library.register_fake("llmfast::dropout")
+    def _fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
+        return x.new_empty(x.shape)
 
 
 def keep_mask(shape: tuple[int, ...] | torch.Size, p: float) -> tuple[Tensor, float]:
@@ -33,7 +68,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
     _checks.probability("dropout", "p", p)
     if p == 0.0:
         return x
-    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not x.is_cpu or torch.compiler.is_compiling() or _library.transforms():
         return F.dropout(x, p)
+    if x.dtype in (torch.float32, torch.bfloat16) and _library.why_not_loaded() is None:
+        return _Dropout.apply(x, new_seed(), p)
     mask, scale = keep_mask(x.shape, p)
     return x * mask.to(x.dtype).mul_(scale)
