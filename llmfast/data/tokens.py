@@ -163,6 +163,8 @@ def _map(path: Path, dtype: np.dtype | str, offset: int = 0, count: int | None =
     if count is None and size % dtype.itemsize:
         raise UserError(f"{path}: {size} bytes are no whole number of {dtype} tokens; is it cut off, or another type?")
     count = size // dtype.itemsize if count is None else count
+    if count < 0:
+        raise UserError(f"{path}: damaged: its header counts {count:,} tokens")
     if size < count * dtype.itemsize:
         raise UserError(f"{path}: cut off: {count:,} tokens expected, {size // dtype.itemsize:,} are there")
     if not count:

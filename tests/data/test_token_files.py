@@ -232,6 +232,10 @@ MISTAKES = {
     "odd size": (written("train.bin", b"123"), "no whole number of uint16 tokens"),
     "llm.c cut off": (cut_off(llmc, 1200), "cut off: 1,009 tokens expected, 88 are there"),
     "llm.c header cut off": (cut_off(llmc, 200), "cut off in the header"),
+    "llm.c negative count": (
+        written("x.bin", struct.pack("<256i", 20240520, 1, -1, *[0] * 253)),
+        "damaged: its header counts -1 tokens",
+    ),
     "megatron cut off": (cut_off(megatron, 100), "cut off: 1,009 tokens expected, 50 are there"),
     "megatron without tokens": (without_bin, "mega.bin: missing beside mega.idx"),
     "no hdf5": (written("a.h5", b"text"), "a.h5: not an HDF5 file"),
