@@ -23,8 +23,8 @@ CSRC = ROOT / "csrc"
 HERE = Path(__file__).resolve().parent
 CASES = int(os.environ.get("LLMFAST_EMULATION_CASES", "120"))
 
-# -fno-thread-jumps: a barrier that gcc has duplicated would look like two. -fstack-clash-protection: a frame larger than
-# the guard page below a fiber's stack touches that page on its way.
+# -fno-thread-jumps: a barrier that gcc has duplicated would look like two. -fstack-clash-protection: a frame larger
+# than the guard page below a fiber's stack touches that page on its way.
 FLAGS = (
     "-std=c++17 -g -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -fno-thread-jumps"
     " -fstack-clash-protection -DLLMFAST_EMULATE"
