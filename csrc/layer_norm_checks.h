@@ -37,16 +37,24 @@ inline void check_forward(const Tensor& x, const std::optional<Tensor>& weight, 
                   torch::headeronly::toString(bias->scalar_type()));
 }
 
+inline void check_shape(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.device() == x.device(), name, " must be on x's device");
+  bool same = t.dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = t.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, name, " must have x's shape");
+}
+
+inline void check_like(const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have x's dtype ",
+                  torch::headeronly::toString(x.scalar_type()), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  check_shape(name, t, x);
+}
+
 inline void check_backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& mean,
                            const Tensor& rstd, bool has_bias, RowShape shape) {
   STD_TORCH_CHECK(weight || !has_bias, "has_bias needs a weight");
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy must have x's dtype ",
-                  torch::headeronly::toString(x.scalar_type()), ", got ",
-                  torch::headeronly::toString(dy.scalar_type()));
-  STD_TORCH_CHECK(dy.device() == x.device(), "dy must be on x's device");
-  bool same = dy.dim() == x.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = dy.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, "dy must have x's shape");
+  check_like("dy", dy, x);
   if (weight) check_parameter("weight", *weight, x, shape.n);
   const Tensor* statistics[] = {&mean, &rstd};
   for (int i = 0; i < 2; ++i) {

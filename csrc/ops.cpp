@@ -10,6 +10,16 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
   m.def(
       "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  // s = residual + dropout(x), y = layer_norm(s), both of residual's dtype; x of that dtype, or bfloat16 beside a float32
+  // residual; seed one int64, needed with dropout (csrc/cpu/philox.h).
+  m.def(
+      "add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float dropout_p,"
+      " Tensor? seed) -> (Tensor y, Tensor s, Tensor mean, Tensor rstd)");
+  // ds: the gradient that reaches s beside y's. dx is empty where it would equal dresidual: without dropout, in one dtype.
+  m.def(
+      "add_layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias,"
+      " ScalarType x_dtype, float dropout_p, Tensor? seed)"
+      " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
   // q (B, H, Tq, D), k, v (B, H, Tk, D); out and the gradients as (B, T, H, D) in memory; lse float32 (B, H, Tq); seed int64,
   // needed with dropout; kv_lens (B,), doc_ids (B, Tk).
   m.def(

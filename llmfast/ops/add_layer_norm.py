@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfast.ops import _checks
-from llmfast.ops._dropout import dropout
+from llmfast.ops import _checks, _library
+from llmfast.ops._dropout import dropout, new_seed
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
 from llmfast.ops.layer_norm import (
@@ -41,9 +41,95 @@ def _eager(
     return layer_norm_eager(total, weight, bias, eps), total
 
 
-def _native(
+def _fused(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
+    """csrc/cpu/layer_norm.cpp: one pass over memory, and the dropout mask made again in backward."""
+    seed = new_seed() if dropout_p > 0 else None
+    if torch.compiler.is_compiling():
+        return torch.ops.llmfast.add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)[:2]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or residual.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.llmfast.add_layer_norm_fwd.default(x, residual, weight, bias, eps, dropout_p, seed)[:2]
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """Cheaper a call than ``register_autograd`` (below), which torch.compile and opcheck take."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.llmfast.add_layer_norm_fwd.default(*inputs)
+        _setup(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        _checks.once("add_layer_norm")
+        return _backward(ctx, dy, ds)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, weight, bias, _, ctx.dropout_p, seed = inputs
+    _, s, mean, rstd = output
+    ctx.save_for_backward(s, weight, mean, rstd, seed)
+    ctx.has_bias, ctx.x_dtype = bias is not None, x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    s, weight, mean, rstd, seed = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(s)
+    dx, dresidual, dw, db = torch.ops.llmfast.add_layer_norm_bwd.default(
+        dy, ds, s, weight, mean, rstd, ctx.has_bias, ctx.x_dtype, ctx.dropout_p, seed
+    )
+    if not (ctx.dropout_p > 0 or ctx.x_dtype is not s.dtype):
+        dx = dresidual
+    return dx, dresidual, (None if weight is None else dw), (db if ctx.has_bias else None), None, None, None
+
+
+@_library.on_load
+def _register() -> None:
+    @torch.library.register_fake("llmfast::add_layer_norm_fwd")
+    def _fwd(
+        x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+        s, stats = residual.new_empty(x.shape), x.new_empty((rows,), dtype=torch.float32)
+        return torch.empty_like(s), s, stats, torch.empty_like(stats)
+
+    @torch.library.register_fake("llmfast::add_layer_norm_bwd")
+    def _bwd(
+        dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool,
+        x_dtype: torch.dtype, dropout_p: float, seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        like, own = (s if weight is None else weight), dropout_p > 0 or x_dtype is not s.dtype
+        return (
+            s.new_empty(s.shape, dtype=x_dtype) if own else s.new_empty((0,)),
+            s.new_empty(s.shape),
+            like.new_empty((s.shape[-1] if weight is not None else 0,)),
+            like.new_empty((s.shape[-1] if has_bias else 0,)),
+        )
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+
+    torch.library.register_autograd("llmfast::add_layer_norm_fwd", _backward, setup_context=setup)
+
+
+def _composed(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """The native layer_norm of a GPU after PyTorch's sum."""
     total = residual + dropout(x, dropout_p)
     return layer_norm_native(total, weight, bias, eps), total
 
@@ -51,7 +137,9 @@ def _native(
 def _declines(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
 ) -> list[str]:
-    if residual.dtype is not x.dtype:
+    if residual.dtype is not x.dtype and not (
+        x.is_cpu and x.dtype is torch.bfloat16 and residual.dtype is torch.float32
+    ):
         return [f"residual is {residual.dtype} beside a {x.dtype} x"]
     return native_declines(x, weight, bias, eps)
 
@@ -92,7 +180,7 @@ _op = Op(
     inputs=_inputs,
     cost=_cost,
     implementations=[
-        *native_implementations(_native, _declines),
+        *native_implementations(_composed, _fused, _declines),
         Implementation("torch", _eager, "PyTorch"),
     ],
 )

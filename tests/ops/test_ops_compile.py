@@ -87,6 +87,22 @@ def test_opcheck_of_the_native_layer_norm(dtype, weight, bias):
     torch.library.opcheck(raw.layer_norm_bwd.default, tuple(a.detach() if torch.is_tensor(a) else a for a in arguments))
 
 
+@needs_library
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck_of_the_native_add_layer_norm(dtypes, weight, bias, p):
+    x, residual = (torch.randn(3, 5, 17).to(dtype).requires_grad_() for dtype in dtypes)
+    w = torch.randn(17, requires_grad=True) if weight else None
+    b = torch.randn(17, requires_grad=True) if bias else None
+    raw, seed = torch.ops.llmfast, torch.tensor(3) if p else None
+    torch.library.opcheck(raw.add_layer_norm_fwd.default, (x, residual, w, b, 1e-5, p, seed), **_tolerance(dtypes[0]))
+    with torch.no_grad():
+        y, s, mean, rstd = raw.add_layer_norm_fwd(x, residual, w, b, 1e-5, p, seed)
+        arguments = (y, s, s, None if w is None else w.detach(), mean, rstd, bias, dtypes[0], p, seed)
+        torch.library.opcheck(raw.add_layer_norm_bwd.default, arguments)
+
+
 def _tolerance(dtype):
     return {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
 

@@ -68,6 +68,16 @@ struct One {
   }
 };
 
+// The sum of a vector's lanes, by halves.
+typedef float Quad __attribute__((vector_size(16)));
+inline float across(Vec v) {
+  Quad q[kLanes / 4];
+  memcpy(q, &v, sizeof q);
+  for (int half = kLanes / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) q[i] += q[i + half];
+  return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
+}
+
 // A sum over a row: `Accumulators` chains of vectors hide the latency of an addition, one float takes the rest.
 template <int Accumulators>
 struct Sum {
@@ -78,11 +88,7 @@ struct Sum {
   float total() const {
     Vec v = wide[0];
     for (int a = 1; a < Accumulators; ++a) v += wide[a];
-    float s[kLanes];
-    memcpy(s, &v, sizeof v);
-    for (int half = kLanes / 2; half; half /= 2)
-      for (int l = 0; l < half; ++l) s[l] += s[l + half];
-    return s[0] + one;
+    return across(v) + one;
   }
 };
 
