@@ -1,118 +1,70 @@
+// Splits attention over heads and, where these are few, over blocks of queries or keys.
 #include "cpu/attention.h"
 
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstring>
-#include <limits>
-#include <optional>
-#include <tuple>
-#include <vector>
+#include <memory>
 
 #include "stable.h"
 
 namespace llmfast::cpu {
 namespace {
 
-float load(const float* p) { return *p; }
-float load(const uint16_t* p) {
-  const uint32_t bits = uint32_t(*p) << 16;
-  float f;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-void store(float* p, float v) { *p = v; }
-void store(uint16_t* p, float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof v);
-  *p = v != v ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
+// Parts per thread, so that none waits long for the last one: the later queries see more keys.
+constexpr int64_t kPartsPerThread = 4;
 
-template <typename T, typename Void>
-auto* row(const HeadsOf<Void>& x, int64_t b, int64_t h, int64_t t) {
-  using Element = std::conditional_t<std::is_const_v<Void>, const T, T>;
-  return static_cast<Element*>(x.data) + b * x.batch + h * x.head + t * x.row;
-}
-
-template <typename A, typename B>
-float dot(const A* x, const B* y, int64_t n) {
-  float s = 0.f;
-  for (int64_t i = 0; i < n; ++i) s += load(x + i) * load(y + i);
-  return s;
-}
-
-// Keys [0, end) may be seen by query i of row b, where the document is the same.
-int64_t key_end(const Attention& a, int64_t b, int64_t i) {
-  const int64_t end = std::min(a.Tk, i + 1 + a.Tk - a.Tq);
-  return std::max<int64_t>(0, a.kv_lens ? std::min(end, a.kv_lens[b]) : end);
-}
-
-bool same_document(const Attention& a, int64_t b, int64_t i, int64_t j) {
-  return !a.doc_ids || a.doc_ids[b * a.Tk + j] == a.doc_ids[b * a.Tk + i + a.Tk - a.Tq];
-}
-
-template <typename T>
-void forward(const Attention& a, Heads q, Heads k, Heads v, MutableHeads out, float* lse, int64_t bh) {
-  const int64_t b = bh / a.H, h = bh % a.H;
-  std::vector<float> p(a.Tk), y(a.D);
-  for (int64_t i = 0; i < a.Tq; ++i) {
-    const int64_t end = key_end(a, b, i);
-    float top = -std::numeric_limits<float>::infinity(), sum = 0.f;
-    for (int64_t j = 0; j < end; ++j)
-      if (same_document(a, b, i, j)) top = std::max(top, p[j] = a.scale * dot(row<T>(q, b, h, i), row<T>(k, b, h, j), a.D));
-    std::fill(y.begin(), y.end(), 0.f);
-    for (int64_t j = 0; j < end; ++j) {
-      if (!same_document(a, b, i, j)) continue;
-      const float e = std::exp(p[j] - top);
-      sum += e;
-      for (int64_t d = 0; d < a.D; ++d) y[d] += e * load(row<T>(v, b, h, j) + d);
-    }
-    lse[bh * a.Tq + i] = sum > 0.f ? top + std::log(sum) : std::numeric_limits<float>::infinity();
-    for (int64_t d = 0; d < a.D; ++d) store(row<T>(out, b, h, i) + d, sum > 0.f ? y[d] / sum : 0.f);
+// Memory of one thread, which grows only.
+void* scratch(int64_t words) {
+  constexpr int64_t alignment = 64 / 4;
+  static thread_local std::unique_ptr<uint32_t[]> memory;
+  static thread_local int64_t size = 0;
+  if (size < words + alignment) {
+    memory.reset();
+    memory.reset(new uint32_t[words + alignment]);
+    size = words + alignment;
   }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 }
 
-template <typename T>
-void backward(const Attention& a, Heads q, Heads k, Heads v, Heads out, Heads dout, const float* lse, MutableHeads dq,
-              MutableHeads dk, MutableHeads dv, int64_t bh) {
-  const int64_t b = bh / a.H, h = bh % a.H;
-  std::vector<float> sums(2 * a.Tk * a.D), dq_row(a.D);
-  float *dk_sum = sums.data(), *dv_sum = dk_sum + a.Tk * a.D;
-  for (int64_t i = 0; i < a.Tq; ++i) {
-    const float delta = dot(row<T>(out, b, h, i), row<T>(dout, b, h, i), a.D);
-    std::fill(dq_row.begin(), dq_row.end(), 0.f);
-    for (int64_t j = 0; j < key_end(a, b, i); ++j) {
-      if (!same_document(a, b, i, j)) continue;
-      const float p = std::exp(a.scale * dot(row<T>(q, b, h, i), row<T>(k, b, h, j), a.D) - lse[bh * a.Tq + i]);
-      const float ds = a.scale * p * (dot(row<T>(dout, b, h, i), row<T>(v, b, h, j), a.D) - delta);
-      for (int64_t d = 0; d < a.D; ++d) {
-        dq_row[d] += ds * load(row<T>(k, b, h, j) + d);
-        dk_sum[j * a.D + d] += ds * load(row<T>(q, b, h, i) + d);
-        dv_sum[j * a.D + d] += p * load(row<T>(dout, b, h, i) + d);
-      }
-    }
-    for (int64_t d = 0; d < a.D; ++d) store(row<T>(dq, b, h, i) + d, dq_row[d]);
-  }
-  for (int64_t j = 0; j < a.Tk; ++j)
-    for (int64_t d = 0; d < a.D; ++d) {
-      store(row<T>(dk, b, h, j) + d, dk_sum[j * a.D + d]);
-      store(row<T>(dv, b, h, j) + d, dv_sum[j * a.D + d]);
-    }
+// f(i) for i in [0, n), each by the first thread that is free.
+template <typename F>
+void for_parts(int64_t n, F f) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < n; i = next++) f(i);
+  });
+}
+
+// How many parts a head's T rows are cut into, in multiples of `block`; whatever it is, the bits stay the same.
+int64_t parts_of_head(const Attention& a, int64_t T, int64_t block) {
+  const int64_t threads = torch::stable::get_num_threads(), heads = a.B * a.H;
+  if (threads == 1 || heads >= kPartsPerThread * threads) return 1;
+  return std::min((T + block - 1) / block, (kPartsPerThread * threads + heads - 1) / heads);
 }
 
 }  // namespace
 
 void attention_forward(const Attention& a, Heads q, Heads k, Heads v, MutableHeads out, float* lse) {
-  torch::stable::parallel_for(0, a.B * a.H, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t bh = begin; bh < end; ++bh)
-      (a.dtype == Dtype::bf16 ? forward<uint16_t> : forward<float>)(a, q, k, v, out, lse, bh);
+  if (a.B * a.H * a.Tq == 0) return;
+  const auto& kernels = a.dtype == Dtype::bf16 ? LLMFAST_SIMD(attention).bf16 : LLMFAST_SIMD(attention).f32;
+  const int64_t parts = parts_of_head(a, a.Tq, kQueryBlock);
+  const int64_t step = (a.Tq + parts * kQueryBlock - 1) / (parts * kQueryBlock) * kQueryBlock;
+  for_parts(a.B * a.H * parts, [&](int64_t i) {
+    const int64_t bh = i % (a.B * a.H), q0 = (parts - 1 - i / (a.B * a.H)) * step;  // the long ones first
+    if (q0 >= a.Tq) return;
+    const AttentionPart part{bh / a.H, bh % a.H, q0, std::min(q0 + step, a.Tq), 0, a.Tk};
+    kernels.forward(a, part, q, k, v, out, lse, scratch(kernels.forward_words(a, a.Tk)));
   });
 }
 
 void attention_backward(const Attention& a, Heads q, Heads k, Heads v, Heads out, Heads dout, const float* lse,
                         MutableHeads dq, MutableHeads dk, MutableHeads dv) {
-  torch::stable::parallel_for(0, a.B * a.H, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t bh = begin; bh < end; ++bh)
-      (a.dtype == Dtype::bf16 ? backward<uint16_t> : backward<float>)(a, q, k, v, out, dout, lse, dq, dk, dv, bh);
+  const auto& kernels = a.dtype == Dtype::bf16 ? LLMFAST_SIMD(attention).bf16 : LLMFAST_SIMD(attention).f32;
+  for_parts(a.B * a.H, [&](int64_t bh) {
+    const AttentionPart part{bh / a.H, bh % a.H, 0, a.Tq, 0, a.Tk};
+    kernels.backward(a, part, q, k, v, out, dout, lse, dq, dk, dv, scratch(kernels.backward_words(a, a.Tq)));
   });
 }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/philox.h"
 
 namespace llmfast::cpu {
 
@@ -23,8 +25,7 @@ struct Attention {
   int64_t B, H, Tq, Tk, D;
   Dtype dtype;  // of q, k, v, out and all gradients; sums and the softmax are float32
   float scale;
-  float dropout_p = 0.f;  // on P; its mask depends on (seed, head, row, column) alone
-  uint64_t seed = 0;
+  Dropout dropout = {0, 0, 1.f};     // on P
   const int64_t* kv_lens = nullptr;  // (B,)
   const int64_t* doc_ids = nullptr;  // (B, Tk)
 };
@@ -35,4 +36,30 @@ void attention_forward(const Attention& a, Heads q, Heads k, Heads v, MutableHea
 void attention_backward(const Attention& a, Heads q, Heads k, Heads v, Heads out, Heads dout, const float* lse,
                         MutableHeads dq, MutableHeads dk, MutableHeads dv);
 
+// One call of a kernel computes a part of one head (b, h): queries [q0, q1), keys [k0, k1).
+struct AttentionPart {
+  int64_t b, h, q0, q1, k0, k1;
+};
+
+struct AttentionKernels {
+  // 32-bit words of 64-byte aligned scratch: a forward call that reads `keys` keys, a backward call of `queries` queries.
+  int64_t (*forward_words)(const Attention& a, int64_t keys);
+  int64_t (*backward_words)(const Attention& a, int64_t queries);
+  // k0 = 0 and k1 = Tk.
+  void (*forward)(const Attention& a, const AttentionPart& part, Heads q, Heads k, Heads v, MutableHeads out, float* lse,
+                  void* scratch);
+  // Writes dq (null data: not wanted), which needs all keys, and dk and dv (null data of dk: neither), which need all queries.
+  void (*backward)(const Attention& a, const AttentionPart& part, Heads q, Heads k, Heads v, Heads out, Heads dout,
+                   const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, void* scratch);
+};
+
+// Where a call may be cut into parts: q0 and k0 are multiples of these.
+constexpr int64_t kQueryBlock = 48, kKeyBlock = 256;
+
+struct AttentionTable {
+  AttentionKernels f32, bf16;
+};
+
 }  // namespace llmfast::cpu
+
+LLMFAST_DECLARE_SIMD(AttentionTable, attention)

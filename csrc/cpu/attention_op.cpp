@@ -56,17 +56,18 @@ struct Arguments {
     check_dtype("k", k, q);
     check_dtype("v", v, q);
     STD_TORCH_CHECK(dropout_p >= 0 && dropout_p < 1, "dropout_p must lie in [0, 1), got ", dropout_p);
-    STD_TORCH_CHECK(dropout_p == 0, "dropout is not supported yet");
+    STD_TORCH_CHECK(dropout_p == 0 || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
+                                       seed->device() == q.device()),
+                    "dropout needs a seed of one int64 on q's device");
     Attention& a = attention;
     a.B = q.size(0), a.H = q.size(1), a.Tq = q.size(2), a.Tk = k.size(2), a.D = q.size(3);
     a.dtype = q.scalar_type() == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
     a.scale = float(scale);
-    a.dropout_p = float(dropout_p);
+    if (dropout_p > 0) a.dropout = make_dropout(*data(seed), dropout_p);
     kv_lens = integers("kv_lens", kv_lens_in, q, a.B);
     doc_ids = integers("doc_ids", doc_ids_in, q, a.B * a.Tk);
     a.kv_lens = data(kv_lens);
     a.doc_ids = data(doc_ids);
-    (void)seed;
   }
 
   static Tensor dense_rows(const Tensor& t) {

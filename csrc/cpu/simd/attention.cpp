@@ -1,0 +1,337 @@
+// Causal attention of one head, blockwise with an online softmax (Rabe, Staats, 2021; Dao et al., "FlashAttention", 2022).
+//   forward:  S = scale Q K^T over a block of queries and one of keys, P = exp(S - max), out = sum P V / sum P,
+//             lse = max + log(sum P); a later block of keys rescales what the earlier ones gave
+//   backward: P = exp(S - lse), dP = dO V^T, dS = scale P (dP - rowsum(dO out)), dV = P^T dO, dQ = dS K, dK = dS^T Q
+// Products take packed operands of 32-bit words: floats, or pairs of bfloat16 that are neighbours along the sum where the CPU
+// multiplies those. A tile of kTileRows queries computes no more keys than its last query sees.
+#include "cpu/attention.h"
+
+#include <float.h>
+
+#include "cpu/simd/attention_tile.h"
+#include "cpu/simd/philox.h"
+#include "cpu/simd/vec.h"
+
+namespace llmfast::cpu {
+namespace {
+
+template <typename T>
+const T* row(const Heads& x, const AttentionPart& p, int64_t t) {
+  return static_cast<const T*>(x.data) + p.b * x.batch + p.h * x.head + t * x.row;
+}
+template <typename T>
+T* row(const MutableHeads& x, const AttentionPart& p, int64_t t) {
+  return static_cast<T*>(x.data) + p.b * x.batch + p.h * x.head + t * x.row;
+}
+
+int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+// Keys [0, end) may be seen by query i, where the document is the same.
+int64_t key_end(const Attention& a, int64_t b, int64_t i) {
+  const int64_t valid = a.kv_lens ? clamp(a.kv_lens[b], 0, a.Tk) : a.Tk;
+  return clamp(i + 1 + a.Tk - a.Tq, 0, valid);
+}
+
+// Scratch, handed out from the front; every piece is a multiple of 64 bytes.
+struct Scratch {
+  uint32_t* next;
+  uint32_t* words(int64_t n) {
+    uint32_t* p = next;
+    next += round_up(n, 16);
+    return p;
+  }
+  float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
+};
+
+// The words that a block of rows takes, for E (Floats or Pairs).
+template <typename E>
+struct Sizes {
+  int64_t depth;  // words of a row of D elements along a sum
+  int64_t width;  // words of a row of D elements across the sum: whole vectors
+  explicit Sizes(const Attention& a) : depth(round_up(a.D, E::unit) / E::unit), width(round_up(a.D, kLanes)) {}
+  int64_t transposed(int64_t rows) const { return round_up(rows, kPanel) * depth; }
+  int64_t natural(int64_t rows) const { return round_up(rows, E::unit) / E::unit * width; }
+};
+
+// A row of scores: a block of keys and the zeros behind them.
+constexpr int64_t kScores = kKeyBlock + kPanel;
+constexpr int64_t kScoreBlock = kQueryBlock * kScores;
+
+// Scores of other documents become -inf, the others are scaled.
+void hide_documents(float* s, int64_t n, const int64_t* keys, int64_t own, float scale) {
+  for (int64_t j = 0; j < n; ++j) s[j] = keys[j] == own ? s[j] * scale : -INFINITY;
+}
+
+// S (rows, columns) = A B^T for the causal part alone: tile of rows m computes `seen(last row of it)` columns.
+template <typename E, typename Seen>
+void score_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, const uint32_t* panels, float* s,
+                 Seen seen) {
+  for (int64_t p = 0; p < columns; p += kPanel)
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t mr = rows - m < kTileRows ? rows - m : kTileRows, n = seen(m + mr - 1) - p;
+      if (n <= 0) continue;
+      tile<E>(mr, n >= kPanel ? kTileVecs : (n + kLanes - 1) / kLanes, depth, a + m * depth, depth, 1, panels + p * depth,
+              kPanel, s + m * kScores + p, kScores, false);
+    }
+}
+
+// C (mr, width) (+)= A B of one tile of rows, A[i][k] at a[i * row_step + k * k_step].
+template <typename E>
+void row_tile(int64_t mr, int64_t width, int64_t k, const uint32_t* a, int64_t row_step, int64_t k_step,
+              const uint32_t* b, float* c, bool add) {
+  for (int64_t p = 0; p < width; p += kPanel) {
+    const int64_t left = (width - p) / kLanes;
+    tile<E>(mr, left < kTileVecs ? left : kTileVecs, k, a, row_step, k_step, b + p, width, c + p, width, add);
+  }
+}
+
+template <typename T>
+void convert_row(const float* x, float factor, T* y, int64_t n) {
+  for_row<2>(0, n, [&](auto lanes, int64_t i, int) { lanes.store(y + i, lanes.load(x + i) * factor); });
+}
+
+// ---- Forward ----
+
+// One row of scores s[0, n) becomes its part of P, as elements of E's type, followed by zeros; top and sum go on. Returns the
+// factor of what earlier blocks of keys gave.
+template <typename E>
+float softmax_row(float* s, int64_t n, float scale, float* top, float* sum, const Dropout& dropout, int64_t mask_row,
+                  int64_t key0) {
+  auto* p = reinterpret_cast<typename E::Element*>(s);
+  const float before = *top;
+  float rescale = 1.f;
+  if (n > 0) {
+    const float now = max_of(s, n, scale, before);
+    Vec total = {};
+    const int64_t full = n / kLanes * kLanes;
+    for (int64_t j = 0; j < full; j += kLanes) {
+      const Vec e = exponential(Wide::load(s + j) * scale - now);
+      total += e;
+      Wide::store(p + j, e);
+    }
+    if (full < n) {
+      const Vec e = first_lanes(exponential(Wide::load(s + full) * scale - now), n - full);
+      total += e;
+      Wide::store(p + full, e);
+    }
+    rescale = exponential(Vec{} + (before - now))[0];
+    *sum = *sum * rescale + sum_of(total);
+    *top = now;
+    if (dropout.drop)
+      for_dropout(dropout, mask_row, key0, key0 + n, [&](auto lanes, int64_t i, auto factor) {
+        lanes.store(p + i - key0, lanes.load(p + i - key0) * factor);
+      });
+  }
+  const Vec zero = {};
+  for (int64_t j = round_up(n, kLanes); j < n + kTileRows; j += kLanes) Wide::store(p + j, zero);
+  return rescale;
+}
+
+template <typename T>
+void forward(const Attention& a, const AttentionPart& part, Heads q, Heads k, Heads v, MutableHeads out, float* lse,
+             void* scratch) {
+  using E = ComputeOf<T>;
+  const Sizes<E> size(a);
+  Scratch memory{static_cast<uint32_t*>(scratch)};
+  const int64_t b = part.b, all = key_end(a, b, part.q1 - 1);
+  uint32_t* keys = memory.words(size.transposed(all));
+  uint32_t* values = memory.words(size.natural(all));
+  uint32_t* queries = memory.words(kQueryBlock * size.depth);
+  float* scores = memory.floats(kScoreBlock);
+  float* y = memory.floats(kQueryBlock * size.width);
+  float top[kQueryBlock], sum[kQueryBlock];
+  if (all) {
+    pack_transposed<E>(row<T>(k, part, 0), k.row, all, a.D, keys);
+    pack_natural<E>(row<T>(v, part, 0), v.row, all, a.D, values);
+  }
+  const int64_t bh = b * a.H + part.h;
+
+  for (int64_t i0 = part.q0; i0 < part.q1; i0 += kQueryBlock) {
+    const int64_t rows = part.q1 - i0 < kQueryBlock ? part.q1 - i0 : kQueryBlock, end = key_end(a, b, i0 + rows - 1);
+    copy_rows<E>(row<T>(q, part, i0), q.row, rows, a.D, queries);
+    for (int64_t r = 0; r < rows; ++r) top[r] = -FLT_MAX, sum[r] = 0.f;
+    for (int64_t i = 0; i < rows * size.width; ++i) y[i] = 0.f;
+    for (int64_t j0 = 0; j0 < end; j0 += kKeyBlock) {
+      const int64_t columns = end - j0 < kKeyBlock ? end - j0 : kKeyBlock;
+      const auto seen = [&](int64_t r) { return clamp(key_end(a, b, i0 + r) - j0, 0, columns); };
+      score_tiles<E>(rows, columns, size.depth, queries, keys + j0 * size.depth, scores, seen);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* s = scores + r * kScores;
+        float scale = a.scale;
+        if (a.doc_ids) {
+          const int64_t* ids = a.doc_ids + b * a.Tk;
+          hide_documents(s, seen(r), ids + j0, ids[i0 + r + a.Tk - a.Tq], scale);
+          scale = 1.f;
+        }
+        const float rescale =
+            softmax_row<E>(s, seen(r), scale, top + r, sum + r, a.dropout, attention_row(bh, i0 + r), j0);
+        if (j0 && rescale != 1.f) convert_row(y + r * size.width, rescale, y + r * size.width, size.width);
+      }
+      for (int64_t m = 0; m < rows; m += kTileRows) {
+        const int64_t mr = rows - m < kTileRows ? rows - m : kTileRows;
+        const int64_t depth = round_up(seen(m + mr - 1), E::unit) / E::unit;
+        row_tile<E>(mr, size.width, depth, reinterpret_cast<uint32_t*>(scores) + m * kScores, kScores, 1,
+                    values + j0 / E::unit * size.width, y + m * size.width, true);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      convert_row(y + r * size.width, sum[r] > 0.f ? 1.f / sum[r] : 0.f, row<T>(out, part, i0 + r), a.D);
+      lse[bh * a.Tq + i0 + r] = sum[r] > 0.f ? top[r] + logf(sum[r]) : INFINITY;
+    }
+  }
+}
+
+// ---- Backward ----
+
+// What the block of queries and the block of keys at hand have in common.
+struct Block {
+  const Attention& a;
+  const AttentionPart& part;
+  int64_t i0, rows, j0, columns;
+  int64_t seen(int64_t r) const { return clamp(key_end(a, part.b, i0 + r) - j0, 0, columns); }
+};
+
+// Rows r and r + 1 of S and dP become P and dS: as pairs of the two rows, or each in its own (see E::unit); and dS once more,
+// row by row, in `by_row`. Zeros follow.
+template <typename E>
+void gradient_rows(const Block& block, int64_t r, float* s, float* dp, typename E::Element* by_row, const float* lse,
+                   const float* delta) {
+  const Attention& a = block.a;
+  int64_t n[E::unit];
+  float scale = a.scale;
+  float factors[E::unit][kScores];
+  const int64_t* ids = a.doc_ids ? a.doc_ids + block.part.b * a.Tk : nullptr;
+  for (int u = 0; u < E::unit; ++u) {
+    n[u] = r + u < block.rows ? block.seen(r + u) : 0;
+    if (ids && n[u]) hide_documents(s + u * kScores, n[u], ids + block.j0, ids[block.i0 + r + u + a.Tk - a.Tq], a.scale);
+    const int64_t mask_row = attention_row(block.part.b * a.H + block.part.h, block.i0 + r + u);
+    if (a.dropout.drop)
+      for_dropout(a.dropout, mask_row, block.j0, block.j0 + n[u], [&](auto lanes, int64_t i, auto factor) {
+        lanes.store(factors[u] + i - block.j0, factor);
+      });
+  }
+  if (ids) scale = 1.f;
+  const int64_t last = n[E::unit - 1] > n[0] ? n[E::unit - 1] : n[0];
+  for (int64_t j = 0; j < last + kTileRows; j += kLanes) {
+    Vec p[E::unit], ds[E::unit];
+    for (int u = 0; u < E::unit; ++u) {
+      p[u] = ds[u] = Vec{};
+      if (j >= n[u]) continue;
+      Vec e = exponential(Wide::load(s + u * kScores + j) * scale - lse[r + u]), g = Wide::load(dp + u * kScores + j);
+      Vec dropped = e;
+      if (a.dropout.drop) {
+        const Vec factor = Wide::load(factors[u] + j);
+        g *= factor;
+        dropped *= factor;
+      }
+      p[u] = first_lanes(dropped, n[u] - j);
+      ds[u] = first_lanes(e * (g - delta[r + u]) * a.scale, n[u] - j);
+    }
+    E::store_rows(s + j, p, kScores);
+    E::store_rows(dp + j, ds, kScores);
+    for (int u = 0; u < E::unit; ++u) Wide::store(by_row + u * kScores + j, ds[u]);
+  }
+}
+
+template <typename T>
+void backward(const Attention& a, const AttentionPart& part, Heads q, Heads k, Heads v, Heads out, Heads dout,
+              const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, void* scratch) {
+  using E = ComputeOf<T>;
+  const Sizes<E> size(a);
+  Scratch memory{static_cast<uint32_t*>(scratch)};
+  uint32_t *keys_t = memory.words(size.transposed(kKeyBlock)), *values_t = memory.words(size.transposed(kKeyBlock));
+  uint32_t* keys = memory.words(size.natural(kKeyBlock));
+  uint32_t *queries = memory.words(kQueryBlock * size.depth), *douts = memory.words(kQueryBlock * size.depth);
+  uint32_t *queries_n = memory.words(size.natural(kQueryBlock)), *douts_n = memory.words(size.natural(kQueryBlock));
+  float *s = memory.floats(kScoreBlock), *dp = memory.floats(kScoreBlock);
+  auto* ds = reinterpret_cast<typename E::Element*>(memory.words(kScoreBlock));
+  float *dk_sum = memory.floats((kKeyBlock + kTileRows) * size.width);
+  float *dv_sum = memory.floats((kKeyBlock + kTileRows) * size.width);
+  const int64_t all = part.q1 - part.q0;
+  float* delta = memory.floats(all);
+  float* dq_sum = memory.floats(dq.data ? all * size.width : 0);
+  const float* lse_rows = lse + (part.b * a.H + part.h) * a.Tq;
+  for (int64_t r = 0; r < all; ++r) {
+    Sum<2> sum;
+    const T *y = row<T>(out, part, part.q0 + r), *dy = row<T>(dout, part, part.q0 + r);
+    for_row<2>(0, a.D, [&](auto lanes, int64_t i, int slot) { sum.add(slot, lanes.load(y + i) * lanes.load(dy + i)); });
+    delta[r] = sum.total();
+  }
+  if (dq.data)
+    for (int64_t i = 0; i < all * size.width; ++i) dq_sum[i] = 0.f;
+
+  for (int64_t j0 = part.k0; j0 < part.k1; j0 += kKeyBlock) {
+    const int64_t columns = part.k1 - j0 < kKeyBlock ? part.k1 - j0 : kKeyBlock;
+    pack_transposed<E>(row<T>(k, part, j0), k.row, columns, a.D, keys_t);
+    pack_transposed<E>(row<T>(v, part, j0), v.row, columns, a.D, values_t);
+    if (dq.data) pack_natural<E>(row<T>(k, part, j0), k.row, columns, a.D, keys);
+    for (int64_t i = 0; i < columns * size.width; ++i) dk_sum[i] = dv_sum[i] = 0.f;
+    for (int64_t i0 = part.q0; i0 < part.q1; i0 += kQueryBlock) {
+      const Block block{a, part, i0, part.q1 - i0 < kQueryBlock ? part.q1 - i0 : kQueryBlock, j0, columns};
+      const int64_t rows = block.rows, most = block.seen(rows - 1);
+      if (!most) continue;
+      copy_rows<E>(row<T>(q, part, i0), q.row, rows, a.D, queries);
+      copy_rows<E>(row<T>(dout, part, i0), dout.row, rows, a.D, douts);
+      const auto seen = [&](int64_t r) { return block.seen(r); };
+      score_tiles<E>(rows, most, size.depth, queries, keys_t, s, seen);
+      score_tiles<E>(rows, most, size.depth, douts, values_t, dp, seen);
+      for (int64_t r = 0; r < rows; r += E::unit)
+        gradient_rows<E>(block, r, s + r * kScores, dp + r * kScores, ds + r * kScores, lse_rows + i0,
+                         delta + i0 - part.q0);
+      if (dq.data)
+        for (int64_t m = 0; m < rows; m += kTileRows) {
+          const int64_t mr = rows - m < kTileRows ? rows - m : kTileRows;
+          row_tile<E>(mr, size.width, round_up(seen(m + mr - 1), E::unit) / E::unit,
+                      reinterpret_cast<uint32_t*>(ds) + m * kScores / E::unit, kScores / E::unit, 1, keys,
+                      dq_sum + (i0 - part.q0 + m) * size.width, true);
+        }
+      if (!dk.data) continue;
+      pack_natural<E>(row<T>(q, part, i0), q.row, rows, a.D, queries_n);
+      pack_natural<E>(row<T>(dout, part, i0), dout.row, rows, a.D, douts_n);
+      for (int64_t c = 0; c < most; c += kTileRows) {
+        const int64_t mr = columns - c < kTileRows ? columns - c : kTileRows;
+        // Only the queries from the first on that sees key c, pair by pair.
+        const int64_t first = clamp(j0 + c - (a.Tk - a.Tq) - i0, 0, rows) / E::unit, step = kScores * E::unit;
+        const int64_t depth = round_up(rows, E::unit) / E::unit - first;
+        const auto transposed = [&](const float* x) { return reinterpret_cast<const uint32_t*>(x) + first * step + c; };
+        row_tile<E>(mr, size.width, depth, transposed(s), 1, step, douts_n + first * size.width,
+                    dv_sum + c * size.width, true);
+        row_tile<E>(mr, size.width, depth, transposed(dp), 1, step, queries_n + first * size.width,
+                    dk_sum + c * size.width, true);
+      }
+    }
+    if (!dk.data) continue;
+    for (int64_t c = 0; c < columns; ++c) {
+      convert_row(dk_sum + c * size.width, 1.f, row<T>(dk, part, j0 + c), a.D);
+      convert_row(dv_sum + c * size.width, 1.f, row<T>(dv, part, j0 + c), a.D);
+    }
+  }
+  if (dq.data)
+    for (int64_t r = 0; r < all; ++r) convert_row(dq_sum + r * size.width, 1.f, row<T>(dq, part, part.q0 + r), a.D);
+}
+
+// ---- Table ----
+
+template <typename T>
+int64_t forward_words(const Attention& a, int64_t keys) {
+  const Sizes<ComputeOf<T>> size(a);
+  return size.transposed(keys) + size.natural(keys) + kQueryBlock * (size.depth + size.width) + kScoreBlock + 5 * 16;
+}
+
+template <typename T>
+int64_t backward_words(const Attention& a, int64_t queries) {
+  const Sizes<ComputeOf<T>> size(a);
+  return 2 * size.transposed(kKeyBlock) + size.natural(kKeyBlock) + 2 * kQueryBlock * size.depth +
+         2 * size.natural(kQueryBlock) + 3 * kScoreBlock + 2 * (kKeyBlock + kTileRows) * size.width +
+         queries * (size.width + 1) + 14 * 16;
+}
+
+}  // namespace
+
+namespace LLMFAST_ISA {
+extern const AttentionTable attention = {{forward_words<float>, backward_words<float>, forward<float>, backward<float>},
+                                         {forward_words<uint16_t>, backward_words<uint16_t>, forward<uint16_t>,
+                                          backward<uint16_t>}};
+}  // namespace LLMFAST_ISA
+
+}  // namespace llmfast::cpu
