@@ -30,6 +30,13 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
       " float dropout_p, Tensor? seed, Tensor? kv_lens, Tensor? doc_ids) -> (Tensor dq, Tensor dk, Tensor dv)");
   // x with elements set to 0 with probability p, the others times 1 / (1 - p); seed one int64 (csrc/cpu/philox.h).
   m.def("dropout(Tensor x, Tensor seed, float p) -> Tensor");
+  // x (N, C), weight (V, C), bias (V,); target int64 (N,) in [0, V); row_weight float32 (N,); bf16: round the operands of the
+  // products. Losses float32 (N,), without the row weights, and the gradients of sum(row_weight * losses) as what they belong
+  // to; those that are not wanted are empty.
+  m.def(
+      "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, float label_smoothing,"
+      " bool bf16, bool want_dx, bool want_dweight, bool want_dbias)"
+      " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

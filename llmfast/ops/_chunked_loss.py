@@ -1,4 +1,4 @@
-"""Linear cross-entropy in chunks of rows, in plain PyTorch: logits become their own gradient in one reused buffer.
+"""Linear cross-entropy in chunks of rows: logits become their own gradient in one reused buffer.
 
 For a chunk of rows: logits = x W^T + b, softmax in place, then per row
 
@@ -7,7 +7,8 @@ For a chunk of rows: logits = x W^T + b, softmax in place, then per row
     dx = c dz W,  dW += dz^T (c x),  db += dz^T c                  c: the row's weight in the loss
 
 The gradients come in the forward pass, since dz is at hand there; the backward pass only multiplies them by the
-incoming scalar. The row weights c go onto x and dx, which are narrow, instead of dz. N rows, C width, V vocabulary.
+incoming scalar. The chunk loop is here in plain PyTorch (the row weights c go onto x and dx, which are narrow, instead
+of dz) and, ``native``, in csrc/cpu/linear_cross_entropy.cpp. N rows, C width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfast.ops import _checks
+from llmfast.ops import _checks, _library
 from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with_onednn
 
 # Rows of a chunk on a CPU (measured: fewer stream the weight too often), and elements of a chunk elsewhere.
@@ -46,15 +47,28 @@ def chunked(
     label_smoothing: float,
     wants: tuple[bool, bool, bool] = (False, False, False),
     dtype: torch.dtype | None = None,
+    native: bool = False,
 ) -> Chunked:
     """Losses of all rows, and the gradients of sum(row_weight * losses) by x, weight and bias where ``wants`` says so.
 
     x (N, C), weight (V, C), bias (V,) or None; target (N,) int64, every one in [0, V); counts (N,): 1, or 0 for an
     ignored row (its row_weight must be 0 too), or NaN to poison it; row_weight (N,) float; dtype: of the products
-    (default: x's). The gradients have the dtypes of what they belong to; sums over rows are kept in float32 or better.
+    (default: x's); native: by the C++ kernel. The gradients have the dtypes of what they belong to; sums over rows are
+    kept in float32 or better. On a CPU, ignored rows cost nothing.
     """
     (N, C), V = x.shape, weight.shape[0]
+    if x.is_cpu:  # elsewhere, looking would wait for the device
+        kept = counts.nonzero()[:, 0]
+        if len(kept) < N:
+            few = (x[kept], weight, bias, target[kept], counts[kept], row_weight[kept])
+            return _spread(chunked(*few, label_smoothing, wants, dtype, native), kept, N)
     low, dtype = dtype or x.dtype, _loss_dtype(x)
+    if native:
+        done = torch.ops.llmfast.linear_cross_entropy.default(
+            x, weight, bias, target, row_weight, label_smoothing, low is torch.bfloat16, *wants
+        )
+        gradients = (g if want else None for g, want in zip(done[1:], wants, strict=True))
+        return Chunked(done[0] * counts, *gradients)
     xs, ws = x.to(low), weight.to(low)
     bs = None if bias is None else bias.to(low)
     onednn = uses_onednn(xs[:CPU_ROWS], ws)
@@ -107,6 +121,13 @@ def chunked(
     )
 
 
+def _spread(few: Chunked, kept: Tensor, N: int) -> Chunked:
+    """What ``few`` has for the rows ``kept``, for N rows; the others get zeros."""
+    losses = few.losses.new_zeros(N).index_copy_(0, kept, few.losses)
+    dx = None if few.dx is None else few.dx.new_zeros(N, few.dx.shape[1]).index_copy_(0, kept, few.dx)
+    return Chunked(losses, dx, few.dweight, few.dbias)
+
+
 def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
@@ -128,10 +149,10 @@ class ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
-        label_smoothing: float, dtype: torch.dtype,
+        label_smoothing: float, dtype: torch.dtype, native: bool,
     ) -> Tensor:  # fmt: skip
         wants = ctx.needs_input_grad[:3]
-        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, wants, dtype)
+        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, wants, dtype, native)
         ctx.save_for_backward(done.dx, done.dweight, done.dbias)
         return (done.losses * row_weight).sum()
 
@@ -142,7 +163,7 @@ class ChunkedSum(torch.autograd.Function):
         kept = torch._C._autograd._get_current_graph_task_keep_graph()  # autograd adds to what it was given
         if kept or not (dloss.is_cpu and dloss.item() == 1.0):  # asking a GPU would wait for it
             grads = tuple(None if g is None else (g * dloss).to(g.dtype) for g in grads)
-        return (*grads, None, None, None, None, None)
+        return (*grads, *([None] * 6))
 
 
 class ChunkedRows(torch.autograd.Function):
@@ -151,20 +172,20 @@ class ChunkedRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
-        label_smoothing: float, dtype: torch.dtype,
+        label_smoothing: float, dtype: torch.dtype, native: bool,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, bias, target, counts)
-        ctx.options = label_smoothing, dtype
-        return chunked(x, weight, bias, target, counts, row_weight, label_smoothing, dtype=dtype).losses
+        ctx.options = label_smoothing, dtype, native
+        return chunked(x, weight, bias, target, counts, row_weight, label_smoothing, dtype=dtype, native=native).losses
 
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         _checks.once("linear_cross_entropy")
         x, weight, bias, target, counts = ctx.saved_tensors
-        label_smoothing, dtype = ctx.options
-        weights = dlosses * counts
-        done = chunked(x, weight, bias, target, counts, weights, label_smoothing, ctx.needs_input_grad[:3], dtype)
-        return done.dx, done.dweight, done.dbias, None, None, None, None, None
+        label_smoothing, dtype, native = ctx.options
+        wants = ctx.needs_input_grad[:3]
+        done = chunked(x, weight, bias, target, counts, dlosses * counts, label_smoothing, wants, dtype, native)
+        return (done.dx, done.dweight, done.dbias, *([None] * 6))
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -181,12 +202,13 @@ def chunked_sum(
     row_weight: Tensor,
     label_smoothing: float,
     dtype: torch.dtype,
+    native: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum(row_weight * losses), dx, dweight, dbias); gradients that are not wanted are empty."""
     with torch.autocast(x.device.type, enabled=False):
         want = (wants[0], wants[1], wants[2])
-        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, want, dtype)
+        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, want, dtype, native)
     dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in (done.dx, done.dweight, done.dbias))
     return (done.losses * row_weight).sum(), dx, dweight, dbias
 
@@ -209,7 +231,7 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _sum_backward(ctx: Any, dloss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     grads = ((g * dloss).to(g.dtype) if want else None for g, want in zip(ctx.saved_tensors, ctx.wants, strict=True))
-    return (*grads, *([None] * 6))
+    return (*grads, *([None] * 7))
 
 
 chunked_sum.register_autograd(_sum_backward, setup_context=_sum_setup)
@@ -224,10 +246,11 @@ def chunked_rows(
     counts: Tensor,
     label_smoothing: float,
     dtype: torch.dtype,
+    native: bool,
 ) -> Tensor:
     """The losses (N,)."""
     with torch.autocast(x.device.type, enabled=False):
-        return chunked(x, weight, bias, target, counts, counts, label_smoothing, dtype=dtype).losses
+        return chunked(x, weight, bias, target, counts, counts, label_smoothing, dtype=dtype, native=native).losses
 
 
 @chunked_rows.register_fake
@@ -236,15 +259,32 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.label_smoothing, ctx.dtype = inputs
+    *tensors, ctx.label_smoothing, ctx.dtype, ctx.native = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _rows_backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, target, counts = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:3])
-    grads = chunked_sum(x, weight, bias, target, counts, dlosses * counts, ctx.label_smoothing, ctx.dtype, wants)[1:]
-    return (*(g if want else None for g, want in zip(grads, wants, strict=True)), *([None] * 4))
+    options = ctx.label_smoothing, ctx.dtype, ctx.native, wants
+    grads = chunked_sum(x, weight, bias, target, counts, dlosses * counts, *options)[1:]
+    return (*(g if want else None for g, want in zip(grads, wants, strict=True)), *([None] * 5))
 
 
 chunked_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
+
+
+# ---- The native op ---------------------------------------------------------------------------------------------------
+
+
+@_library.on_load
+def _register() -> None:
+    @torch.library.register_fake("llmfast::linear_cross_entropy")
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        want_dx, want_dweight, want_dbias = rest[-3:]
+        return (
+            x.new_empty(x.shape[0], dtype=torch.float32),
+            x.new_empty(x.shape if want_dx else 0),
+            weight.new_empty(weight.shape if want_dweight else 0),
+            x.new_empty(0, dtype=torch.float32) if bias is None or not want_dbias else bias.new_empty(bias.shape),
+        )

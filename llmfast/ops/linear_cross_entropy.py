@@ -9,6 +9,7 @@ gradients, where PyTorch's is NaN: a batch whose labels are all masked must not 
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -64,7 +65,7 @@ def _eager(
     return losses.sum() / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
-def _torch(
+def _in_chunks(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -72,6 +73,7 @@ def _torch(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    native: bool = False,
 ) -> Tensor:
     tracing = torch.compiler.is_compiling()
     if not tracing and (x.is_meta or _library.transforms()):
@@ -93,16 +95,33 @@ def _torch(
     args = (rows, weight, bias, ids, counts)
     if tracing:
         if reduction == "none":
-            return chunked_rows(*args, label_smoothing, dtype).view(target.shape)
-        return chunked_sum(*args, row_weight, label_smoothing, dtype, wants)[0]
+            return chunked_rows(*args, label_smoothing, dtype, native).view(target.shape)
+        return chunked_sum(*args, row_weight, label_smoothing, dtype, native, wants)[0]
     with torch.autocast(x.device.type, enabled=False):
         if any(wants):
             function = ChunkedRows if reduction == "none" else ChunkedSum
-            loss = function.apply(*args, row_weight, label_smoothing, dtype)
+            loss = function.apply(*args, row_weight, label_smoothing, dtype, native)
         else:
-            loss = chunked(*args, row_weight, label_smoothing, dtype=dtype).losses
+            loss = chunked(*args, row_weight, label_smoothing, dtype=dtype, native=native).losses
             loss = loss if reduction == "none" else (loss * row_weight).sum()
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+# csrc/cpu/linear_cross_entropy.cpp
+_native = functools.partial(_in_chunks, native=True)
+
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _native_declines(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *_: Any) -> list[str]:
+    reasons = _library.transforms()
+    if _checks.autocast_dtype(x) not in (None, *_NATIVE_DTYPES):
+        reasons = [*reasons, "autocast to float16"]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.dtype not in _NATIVE_DTYPES:
+            reasons = [*reasons, f"{name} is {parameter.dtype}"]
+    return reasons
 
 
 def _rows_that_count(ids: Tensor, ignore_index: int, V: int, tracing: bool) -> tuple[Tensor, Tensor]:
@@ -185,7 +204,10 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    implementations=[Implementation("torch", _torch, "PyTorch")],
+    implementations=[
+        Implementation("cpp", _native, "ours", ("cpu",), _NATIVE_DTYPES, _library.unavailable, _native_declines),
+        Implementation("torch", _in_chunks, "PyTorch"),
+    ],
 )
 
 

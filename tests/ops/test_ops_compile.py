@@ -121,16 +121,20 @@ def test_opcheck_of_the_native_attention(dtype, masks):
     torch.library.opcheck(raw.causal_attention_bwd.default, (torch.randn_like(out), q, k, v, out, lse, *options))
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck_of_the_chunked_losses(bias):
+def test_opcheck_of_the_chunked_losses(bias, native):
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     b = torch.randn(11, requires_grad=True) if bias else None
     target, counts = torch.arange(6), torch.tensor([1.0, 0, 1, 1, 0, 1])
     raw = torch.ops.llmfast
-    torch.library.opcheck(raw.chunked_rows.default, (x, weight, b, target, counts, 0.1, torch.float32))
+    torch.library.opcheck(raw.chunked_rows.default, (x, weight, b, target, counts, 0.1, torch.float32, native))
     wants = [True, True, bias]
-    arguments = (x, weight, b, target, counts, counts / 4, 0.1, torch.float32, wants)
+    arguments = (x, weight, b, target, counts, counts / 4, 0.1, torch.float32, native, wants)
     torch.library.opcheck(raw.chunked_sum.default, arguments)
+    if native:
+        arguments = (*(None if t is None else t.detach() for t in (x, weight, b)), target, counts, 0.1, False, *wants)
+        torch.library.opcheck(raw.linear_cross_entropy.default, arguments)
 
 
 @pytest.mark.parametrize("name", ["layer_norm", "mlp", "causal_attention", "lora_linear", "linear_cross_entropy"])
