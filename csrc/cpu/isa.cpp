@@ -15,25 +15,24 @@ Isa best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::portable;
 }
 
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+
 Isa wanted() {
   const char* value = std::getenv("LLMFAST_CPU_ISA");
   const std::string name = value ? value : "";
-  if (name.empty() || name == "avx512") return Isa::avx512;
-  if (name == "avx2") return Isa::avx2;
-  STD_TORCH_CHECK(name == "portable", "LLMFAST_CPU_ISA must be portable, avx2 or avx512, got ", name);
-  return Isa::portable;
+  if (name.empty()) return Isa::avx512_bf16;
+  for (int i = 0; i < 4; ++i)
+    if (name == kNames[i]) return static_cast<Isa>(i);
+  STD_TORCH_CHECK(false, "LLMFAST_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got ", name);
 }
 
-std::string cpu_isa() {
-  static const char* const names[] = {"portable", "avx2", "avx512"};
-  return names[static_cast<int>(isa())];
-}
+std::string cpu_isa() { return kNames[static_cast<int>(isa())]; }
 
 }  // namespace
 

@@ -6,9 +6,9 @@
 
 namespace llmfast::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
-// The best that the CPU has, or what LLMFAST_CPU_ISA (portable, avx2, avx512) names if that is less. Chosen once.
+// The best that the CPU has, or what LLMFAST_CPU_ISA (portable, avx2, avx512, avx512_bf16) names if that is less. Chosen once.
 Isa isa();
 
 }  // namespace llmfast::cpu
@@ -21,11 +21,15 @@ Isa isa();
 #define LLMFAST_DECLARE_SIMD(Table, name)   \
   LLMFAST_DECLARE_ONE(portable, Table, name) \
   LLMFAST_DECLARE_ONE(avx2, Table, name)     \
-  LLMFAST_DECLARE_ONE(avx512, Table, name)
-#define LLMFAST_SIMD(name)                                                \
-  (::llmfast::cpu::isa() == ::llmfast::cpu::Isa::avx512 ? ::llmfast::cpu::avx512::name \
-   : ::llmfast::cpu::isa() == ::llmfast::cpu::Isa::avx2 ? ::llmfast::cpu::avx2::name   \
-                                                        : ::llmfast::cpu::portable::name)
+  LLMFAST_DECLARE_ONE(avx512, Table, name)   \
+  LLMFAST_DECLARE_ONE(avx512_bf16, Table, name)
+#define LLMFAST_SIMD(name)                                                          \
+  (::llmfast::cpu::isa() == ::llmfast::cpu::Isa::avx512_bf16                        \
+       ? ::llmfast::cpu::avx512_bf16::name                                          \
+       : ::llmfast::cpu::isa() == ::llmfast::cpu::Isa::avx512                       \
+             ? ::llmfast::cpu::avx512::name                                         \
+             : ::llmfast::cpu::isa() == ::llmfast::cpu::Isa::avx2 ? ::llmfast::cpu::avx2::name \
+                                                                  : ::llmfast::cpu::portable::name)
 #else
 #define LLMFAST_DECLARE_SIMD(Table, name) LLMFAST_DECLARE_ONE(portable, Table, name)
 #define LLMFAST_SIMD(name) (::llmfast::cpu::portable::name)

@@ -4,6 +4,9 @@
 // Files of this folder are compiled once per instruction set. Everything in them but the tables lives in an anonymous
 // namespace and no header of the standard library with inline functions is included: else the linker could hand an
 // AVX-512 copy of a shared function to a CPU that has none.
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -41,12 +44,17 @@ struct Wide {
   }
   static void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
   static void store(uint16_t* p, Vec v) {  // round to nearest, ties to even; a NaN stays one
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &h, sizeof h);
+#else
     Bits b;
     memcpy(&b, &v, sizeof v);
     const Bits rounded = (b + 0x7FFF + ((b >> 16) & 1)) >> 16;
     const Bits nan = (Bits)(v != v);
     const Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7FC0), Halves);
     memcpy(p, &h, sizeof h);
+#endif
   }
 };
 

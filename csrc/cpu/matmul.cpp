@@ -1,0 +1,83 @@
+#include <optional>
+
+#include "cpu/gemm.h"
+#include "stable.h"
+
+namespace llmfast::cpu {
+namespace {
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  if (t.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32 or bfloat16, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  return Dtype::f32;
+}
+
+// A matrix whose rows or columns are contiguous; `keep` holds the copy that another layout needs.
+Operand operand(const Tensor& t, const char* name, Tensor& keep) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must have two dimensions, got ", t.dim());
+  const Dtype dtype = dtype_of(t, name);
+  const int64_t rows = t.size(0), columns = t.size(1);
+  keep = t;
+  // The stride along a dimension of size 1 says nothing.
+  if ((columns == 1 || t.stride(1) == 1) && (rows <= 1 || t.stride(0) >= columns))
+    return {t.const_data_ptr(), rows <= 1 ? columns : t.stride(0), dtype, false};
+  if ((rows == 1 || t.stride(0) == 1) && (columns <= 1 || t.stride(1) >= rows))
+    return {t.const_data_ptr(), columns <= 1 ? rows : t.stride(1), dtype, true};
+  keep = torch::stable::contiguous(t);
+  return {keep.const_data_ptr(), columns, dtype, false};
+}
+
+void check(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "a (M, K) and b (K, N) do not fit");
+}
+
+Tensor mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool bf16, bool bf16_out) {
+  check(a, b);
+  const int64_t M = a.size(0), N = b.size(1);
+  Tensor keep_a = a, keep_b = b, keep_bias = a;
+  Product p = {};
+  p.M = M, p.N = N, p.K = a.size(1);
+  p.a = operand(a, "a", keep_a);
+  p.b = operand(b, "b", keep_b);
+  p.compute = bf16 ? Dtype::bf16 : Dtype::f32;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "bias must be (N,)");
+    keep_bias = torch::stable::contiguous(bias->scalar_type() == ScalarType::Float
+                                              ? *bias
+                                              : torch::stable::to(*bias, ScalarType::Float));
+    p.bias = static_cast<const float*>(keep_bias.const_data_ptr());
+  }
+  Tensor c = torch::stable::new_empty(a, {M, N}, bf16_out ? ScalarType::BFloat16 : ScalarType::Float);
+  p.c = c.mutable_data_ptr();
+  p.c_stride = N;
+  p.c_dtype = bf16_out ? Dtype::bf16 : Dtype::f32;
+  gemm(p);
+  return c;
+}
+
+void add_mm(Tensor& c, const Tensor& a, const Tensor& b, bool bf16) {
+  check(a, b);
+  STD_TORCH_CHECK(c.dim() == 2 && c.size(0) == a.size(0) && c.size(1) == b.size(1) && c.is_contiguous() &&
+                      c.scalar_type() == ScalarType::Float,
+                  "c must be (M, N) float32 and contiguous");
+  Tensor keep_a = a, keep_b = b;
+  Product p = {};
+  p.M = a.size(0), p.N = b.size(1), p.K = a.size(1);
+  p.a = operand(a, "a", keep_a);
+  p.b = operand(b, "b", keep_b);
+  p.compute = bf16 ? Dtype::bf16 : Dtype::f32;
+  p.c = c.mutable_data_ptr();
+  p.c_stride = p.N;
+  p.c_dtype = Dtype::f32;
+  p.accumulate = true;
+  gemm(p);
+}
+
+}  // namespace
+}  // namespace llmfast::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(llmfast, CPU, m) {
+  m.impl("mm", TORCH_BOX(&llmfast::cpu::mm));
+  m.impl("add_mm_", TORCH_BOX(&llmfast::cpu::add_mm));
+}
