@@ -214,7 +214,13 @@ def test_ten_training_steps_follow_pytorch():
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-ISA_FLAGS = {"portable": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"}}
+AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+ISA_FLAGS = {
+    "portable": set(),
+    "avx2": {"avx2", "fma"},
+    "avx512": AVX512,
+    "avx512_bf16": AVX512 | {"avx512_bf16", "avx512_vnni"},
+}
 CPUINFO = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
 USABLE = [isa for isa, flags in ISA_FLAGS.items() if flags <= set(CPUINFO)]
 FORCED = os.environ.get("LLMFAST_CPU_ISA")
@@ -239,4 +245,4 @@ def test_an_unknown_instruction_set_is_refused():
         [sys.executable, "-c", code], env={**os.environ, "LLMFAST_CPU_ISA": "sse9"}, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "LLMFAST_CPU_ISA must be portable, avx2 or avx512, got sse9" in done.stderr
+    assert "LLMFAST_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got sse9" in done.stderr
