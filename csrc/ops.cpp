@@ -41,6 +41,12 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, float label_smoothing,"
       " bool bf16, bool want_dx, bool want_dweight, bool want_dbias)"
       " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias)");
+  // One AdamW update from grads / divisor, all float32, all but grads contiguous.
+  m.def(
+      "adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float step,"
+      " float lr, float beta1, float beta2, float weight_decay, float eps, float divisor) -> ()");
+  // The 2-norm of all elements of float32 tensors, float32 ().
+  m.def("total_norm(Tensor[] tensors) -> Tensor");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

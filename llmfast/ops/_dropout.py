@@ -1,7 +1,8 @@
 """Dropout from the default torch generator, without PyTorch's slow CPU Bernoulli.
 
 On a CPU the kernel of csrc/cpu/philox.h makes the mask from one number of the generator, in the backward pass again;
-without the compiled library, and for dtypes it does not take, the mask comes from the generator's own bits.
+without the compiled library, with another backend, and for dtypes it does not take, the mask comes from the
+generator's own bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast.ops import _checks, _library
+from llmfast.ops._registry import current_setting
 
 _LEVELS = 1 << 16
 
@@ -70,7 +72,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return x
     if not x.is_cpu or torch.compiler.is_compiling() or _library.transforms():
         return F.dropout(x, p)
-    if x.dtype in (torch.float32, torch.bfloat16) and _library.why_not_loaded() is None:
+    if (
+        x.dtype in (torch.float32, torch.bfloat16)
+        and current_setting().default in ("auto", "cpp")
+        and _library.why_not_loaded() is None
+    ):
         return _Dropout.apply(x, new_seed(), p)
     mask, scale = keep_mask(x.shape, p)
     return x * mask.to(x.dtype).mul_(scale)

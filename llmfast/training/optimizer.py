@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019) with as few calls a step as PyTorch's fused kernel allows."""
+"""AdamW (Loshchilov and Hutter 2019) in as few calls and passes over memory a step as its kernels allow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmfast.config import TrainConfig
+from llmfast.ops import _update
 
 
 def decay_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -32,7 +33,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW through PyTorch's fused kernel.
+    """AdamW through csrc/cpu/adamw.cpp on a CPU, through PyTorch's fused kernel elsewhere.
 
     ``torch.optim.AdamW(fused=True)`` sorts its tensors into lists and counts a step for each of them at every call,
     which for a model of 50 small tensors takes longer than the kernel. Here the lists are made once, and the tensors
@@ -46,6 +47,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
         self._lists: list[tuple[list[Tensor], ...]] | None = None
         self._counts: dict[torch.device, Tensor] = {}
+        self._native = False
 
     def _prepare(self) -> None:
         """Make the state where it is missing, and the lists that the kernel takes: one set a group."""
@@ -65,18 +67,30 @@ class AdamW(torch.optim.Optimizer):
                 ):
                     column.append(tensor)
             self._lists.append(lists)
+        tensors = [t for parameters, averages, squares, _ in self._lists for t in (*parameters, *averages, *squares)]
+        self._native = _update.takes(tensors)
 
     def state_changed(self) -> None:
         """Say that ``state`` was replaced, as loading a checkpoint does."""
         self._lists = None
 
     @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm of all gradients, float32 ()."""
+        if self._lists is None:
+            self._prepare()
+        grads = [p.grad for parameters, *_ in self._lists or () for p in parameters if p.grad is not None]
+        if self._native and grads:
+            return torch.ops.llmfast.total_norm.default(grads)
+        return torch.nn.utils.get_total_norm(grads)
+
+    @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: None = None, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self, closure: None = None, *, grad_scale: Tensor | float | None = None, found_inf: Tensor | None = None
     ) -> None:
         """One update from ``grad / grad_scale``; none at all where ``found_inf`` (float32, 0 or 1) is 1.
 
-        The two tensors spare a host that must not wait for its GPU (CUDA only).
+        As tensors, the two spare a host that must not wait for its GPU (CUDA only). ``.grad`` itself may be divided.
         """
         if self._lists is None:
             self._prepare()
@@ -85,22 +99,37 @@ class AdamW(torch.optim.Optimizer):
         for count in self._counts.values():
             count += 1 if found_inf is None else 1 - found_inf
         for group, (parameters, averages, squares, counts) in zip(self.param_groups, self._lists or (), strict=True):
+            if not parameters:
+                continue
             beta1, beta2 = group["betas"]
+            lr, weight_decay, eps = group["lr"], group["weight_decay"], group["eps"]
+            grads = [p.grad for p in parameters if p.grad is not None]
+            if self._native and found_inf is None and not isinstance(grad_scale, Tensor):
+                torch.ops.llmfast.adamw_.default(
+                    parameters, grads, averages, squares, counts[0].item(), lr, beta1, beta2, weight_decay, eps,
+                    1.0 if grad_scale is None else grad_scale,
+                )  # fmt: skip
+                continue
+            scale = grad_scale
+            if isinstance(scale, float):
+                if scale != 1.0:
+                    torch._foreach_div_(grads, scale)
+                scale = None
             torch._fused_adamw_(
                 parameters,
-                [p.grad for p in parameters if p.grad is not None],
+                grads,
                 averages,
                 squares,
                 [],
                 counts,
-                lr=group["lr"],
+                lr=lr,
                 beta1=beta1,
                 beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
+                weight_decay=weight_decay,
+                eps=eps,
                 amsgrad=False,
                 maximize=False,
-                grad_scale=grad_scale,
+                grad_scale=scale,
                 found_inf=found_inf,
             )
 

@@ -37,8 +37,7 @@ class Update:
         """Update from the gradients divided by ``divisor``; returns their norm before clipping."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = self.optimizer.gradient_norm()
         if divisor != 1.0:
             norm = norm / divisor
         if self._on_device:
@@ -52,7 +51,7 @@ class Update:
                 raise NotFiniteError(step, f"the loss is {loss.item()}")
             if self.scaler.get_scale() < 1.0:
                 raise NotFiniteError(step, "the gradients overflow float16 at every scale")
-            self._divide(grads, norm.item(), divisor)
+            torch._foreach_div_([p.grad for p in self._parameters if p.grad is not None], self._factor(norm, divisor))
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -60,8 +59,7 @@ class Update:
                 raise NotFiniteError(step, f"the loss is {loss.item()}")
             if not math.isfinite(norm.item()):
                 raise NotFiniteError(step, f"the gradient norm is {norm.item()}")
-            self._divide(grads, norm.item(), divisor)
-            self.optimizer.step()
+            self.optimizer.step(grad_scale=self._factor(norm, divisor))
         return norm
 
     def check(self, steps: int) -> None:
@@ -73,8 +71,6 @@ class Update:
             self._asked = 0
             self._done.zero_()
 
-    def _divide(self, grads: list[Tensor], norm: float, divisor: float) -> None:
-        if self.clip and norm > self.clip:
-            divisor *= norm / self.clip
-        if divisor != 1.0:
-            torch._foreach_div_(grads, divisor)
+    def _factor(self, norm: Tensor, divisor: float) -> float:
+        """What to divide the gradients by."""
+        return divisor * max(1.0, norm.item() / self.clip) if self.clip else divisor

@@ -88,6 +88,13 @@ def test_opcheck_of_the_native_layer_norm(dtype, weight, bias):
 
 
 @needs_library
+def test_opcheck_of_the_update():
+    p, g, m, v = ([torch.rand(3, 5), torch.rand(7)] for _ in range(4))
+    torch.library.opcheck(torch.ops.llmfast.adamw_.default, (p, g, m, v, 2.0, 0.1, 0.9, 0.99, 0.1, 1e-8, 1.5))
+    torch.library.opcheck(torch.ops.llmfast.total_norm.default, (g,))
+
+
+@needs_library
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize(("weight", "bias"), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("p", [0.0, 0.3])

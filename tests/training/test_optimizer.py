@@ -9,6 +9,8 @@ import torch
 
 from llmfast.config import GPTConfig, TrainConfig
 from llmfast.nn import GPT
+from llmfast.ops import use_backend
+from llmfast.ops._library import why_not_loaded
 from llmfast.training.errors import NotFiniteError
 from llmfast.training.optimizer import AdamW, build_optimizer, decay_groups
 from llmfast.training.schedule import learning_rate_at
@@ -51,9 +53,10 @@ def test_biases_and_norms_do_not_decay_and_embeddings_do():
     assert all(p is not model.transformer.wte.weight for p in decay_groups(model, TrainConfig())[0]["params"])
 
 
-def test_adamw_equals_pytorchs():
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_adamw_equals_pytorchs(backend):
     torch.manual_seed(0)
-    shapes = [(7, 5), (1,), (3,), (0, 4)]
+    shapes = [(7, 5), (1,), (3,), (0, 4), (131, 127)]  # the last takes more than one block of the kernel
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     groups = [dict(weight_decay=0.1), dict(weight_decay=0.0)]
@@ -64,10 +67,50 @@ def test_adamw_equals_pytorchs():
             group["lr"] = 1e-2 / (step + 1)
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        a.step(), b.step()
+            q.grad = p.grad / 1.7
+        with use_backend(backend):
+            a.step(grad_scale=1.7), b.step()
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_the_gradient_norm_is_exact_in_one_thread_or_two():
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.empty(shape)) for shape in [(300, 301), (1,), (0,), (70, 1000)]]
+    for p in parameters:
+        p.grad = torch.randn(p.shape)
+    exact = math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters))
+    before = torch.get_num_threads()
+    try:
+        norms = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            norms.append(AdamW(parameters, 0.1).gradient_norm().item())
+    finally:
+        torch.set_num_threads(before)
+    assert norms[0] == norms[1] == pytest.approx(exact, rel=2e-7)
+
+
+@pytest.mark.skipif(why_not_loaded() is not None, reason=str(why_not_loaded()))
+def test_the_raw_update_reads_gradients_of_any_strides():
+    updated = []
+    for grad in (torch.arange(6.0).view(2, 3).T, torch.arange(6.0).view(2, 3).T.contiguous()):
+        p, m, v = (torch.zeros(3, 2) for _ in range(3))
+        torch.ops.llmfast.adamw_([p], [grad], [m], [v], 1.0, 0.1, 0.9, 0.9, 0.0, 1e-8, 1.0)
+        updated.append(m)
+        assert torch.ops.llmfast.total_norm([grad]) == pytest.approx(math.sqrt(55))
+    assert torch.equal(*updated)
+
+
+@pytest.mark.skipif(why_not_loaded() is not None, reason=str(why_not_loaded()))
+def test_the_raw_update_refuses_tensors_that_do_not_fit():
+    def adamw(p, g):
+        torch.ops.llmfast.adamw_([p], [g], [torch.zeros(3)], [torch.zeros(3)], 1.0, 0.1, 0.9, 0.9, 0.0, 1e-8, 1.0)
+
+    with pytest.raises(RuntimeError, match="grads must have the sizes of the parameters"):
+        adamw(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(RuntimeError, match="parameters must be contiguous float32 tensors on the CPU"):
+        adamw(torch.zeros(3, dtype=torch.float64), torch.zeros(3))
 
 
 def test_a_parameter_without_gradient_is_left_alone():
@@ -99,11 +142,12 @@ def test_clipping_equals_pytorchs(clip, divisor):
     for p, q in zip(ours, theirs, strict=True):
         p.grad = torch.randn_like(p)
         q.grad = p.grad / divisor
-    norm = Update(AdamW(ours, 0.1), clip, torch.device("cpu"), torch.float32).apply(0, torch.ones(()), divisor)
+    optimizer = AdamW(ours, 0.1)
+    norm = Update(optimizer, clip, torch.device("cpu"), torch.float32).apply(0, torch.ones(()), divisor)
     expected = torch.nn.utils.clip_grad_norm_(theirs, clip or math.inf)
     torch.testing.assert_close(norm, expected)
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+    for p, q in zip(ours, theirs, strict=True):  # the first average is 0.1 times the gradient that arrived
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * q.grad, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
