@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmfast import ops
 from llmfast.config import GPTConfig
 from llmfast.nn import pretrained
+from llmfast.nn.embedding import embed, token_rows
 from llmfast.nn.kv_cache import KVCache
 from llmfast.nn.layers import Block, Embedding, LayerNorm, Linear
 
@@ -108,10 +108,10 @@ class GPT(nn.Module):
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
-        x = self.hidden_states(idx, cache=cache)
+        x, head_weight = self._read(idx, cache)
         head = self.lm_head
         logits = head(x) if targets is None or return_logits else None
-        loss = None if targets is None else ops.linear_cross_entropy(x, head.weight, targets, bias=head.bias)
+        loss = None if targets is None else ops.linear_cross_entropy(x, head_weight, targets, bias=head.bias)
         return logits, loss
 
     def hidden_states(self, idx: Tensor, *, cache: KVCache | None = None) -> Tensor:
@@ -119,11 +119,15 @@ class GPT(nn.Module):
 
         With a cache no gradient is recorded.
         """
+        return self._read(idx, cache)[0]
+
+    def _read(self, idx: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """(hidden states, weight of the output head as the loss has to use it)."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self.hidden_states(idx, cache=cache)
+                return self._read(idx, cache)
         T = self._check(idx)
-        x = self._embed(idx, cache)
+        x, head_weight = self._embed(idx, cache)
         branch: Any = None  # the first block has none
         if cache is not None:
             for block, layer in zip(self.transformer.h, cache.layers(T), strict=True):
@@ -135,7 +139,7 @@ class GPT(nn.Module):
         else:
             for block in self.transformer.h:
                 x, branch = block(x, branch)
-        return self.transformer.ln_f.add(branch, x, self.config.dropout if self.training else 0.0)[0]
+        return self.transformer.ln_f.add(branch, x, self.config.dropout if self.training else 0.0)[0], head_weight
 
     def _check(self, idx: Tensor) -> int:
         if idx.dim() != 2 or idx.numel() == 0:
@@ -146,23 +150,14 @@ class GPT(nn.Module):
             raise ValueError(f"idx holds {idx.shape[1]} tokens, block_size is {self.config.block_size}")
         return idx.shape[1]
 
-    def _embed(self, idx: Tensor, cache: KVCache | None) -> Tensor:
+    def _embed(self, idx: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
         wte: Tensor = self.transformer.wte.weight
         wpe: Tensor = self.transformer.wpe.weight
-        if cache is not None:
-            wpe = wpe[cache.positions(*idx.shape)]
-        elif idx.shape[1] < len(wpe):  # a whole wpe needs no slice, whose gradient would be one more copy
-            wpe = wpe[: idx.shape[1]]
-        if torch.compiler.is_compiling():
-            x = F.embedding(idx, wte)
+        if cache is None:
+            x, head_weight = embed(idx, wte, wpe, self.lm_head.weight)
         else:
-            try:
-                x = F.embedding(idx, wte)
-            except IndexError:  # PyTorch's own check on the CPU, which costs nothing here
-                low, high = (int(v) for v in torch.aminmax(idx))
-                raise ValueError(f"token ids must lie in [0, {len(wte)}), got ids from {low} to {high}") from None
-        x = x + wpe
-        return ops.dropout(x, self.config.dropout if self.training else 0.0)
+            x, head_weight = token_rows(idx, wte) + wpe[cache.positions(*idx.shape)], self.lm_head.weight
+        return ops.dropout(x, self.config.dropout if self.training else 0.0), head_weight
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``directory`` (made if missing)."""
