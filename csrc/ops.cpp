@@ -47,6 +47,25 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
       " float lr, float beta1, float beta2, float weight_decay, float eps, float divisor) -> ()");
   // The 2-norm of all elements of float32 tensors, float32 ().
   m.def("total_norm(Tensor[] tensors) -> Tensor");
+  // y = act(h) proj_weight^T + proj_bias, h = x fc_weight^T + fc_bias in one row per row of x, empty unless kept; products,
+  // h and y in dtype, whatever the dtypes of the arguments are. activation: gelu_tanh, gelu or relu.
+  m.def(
+      "mlp_fwd(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"
+      " ScalarType dtype, bool keep) -> (Tensor y, Tensor h)");
+  // wanted: bit i set for the gradient number i; the others are empty. A bias's gradient has its weight's dtype.
+  m.def(
+      "mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor fc_weight, Tensor proj_weight, str activation, int wanted)"
+      " -> (Tensor dx, Tensor dfc_weight, Tensor dfc_bias, Tensor dproj_weight, Tensor dproj_bias)");
+  // y = x weight^T + bias + low lora_B^T, low = scaling dropout(x) lora_A^T, in float32, one row per row of x; products and
+  // y in dtype; seed one int64, needed with dropout.
+  m.def(
+      "lora_linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling,"
+      " float dropout_p, Tensor? seed, ScalarType dtype) -> (Tensor y, Tensor low)");
+  // dtype, scaling, dropout_p, seed as they were; wanted as above, in the order of the results.
+  m.def(
+      "lora_linear_bwd(Tensor dy, Tensor x, Tensor low, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling,"
+      " float dropout_p, Tensor? seed, ScalarType dtype, int wanted)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dlora_A, Tensor dlora_B)");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

@@ -5,6 +5,7 @@ They look at shapes, dtypes and devices only (never at a GPU's values) and cost 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,3 +74,16 @@ def positive(op: str, name: str, value: float) -> None:
     """``value`` is a number above zero."""
     if not value > 0:
         raise ValueError(f"{op}: {name} must be above 0, got {value!r}")
+
+
+def bits(flags: Iterable[bool]) -> int:
+    """Bit i is flag number i: how the raw ops are told which gradients are wanted."""
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+def low_precision_only(x: Tensor, *parameters: Tensor | None) -> list[str]:
+    """Reasons of a CPU kernel that computes in float32 or bfloat16, with parameters of either."""
+    for dtype in (autocast_dtype(x), *(t.dtype for t in parameters if t is not None)):
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            return [f"takes float32/bfloat16 on a CPU, not {dtype}"]
+    return []

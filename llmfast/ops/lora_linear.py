@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast.ops import _checks
-from llmfast.ops._dropout import dropout
+from llmfast.ops import _checks, _library
+from llmfast.ops._dropout import dropout, new_seed
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
-from llmfast.ops.matmul import linear
+from llmfast.ops.matmul import linear, route_of
 
 
 def _reference(
@@ -39,6 +39,92 @@ def _torch(
     # The update is added by the product itself: no tensor of the output's size comes and goes.
     y = torch.addmm(base, low.to(base.dtype), lora_B.to(base.dtype).t(), alpha=scaling)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+# ---- Native kernel ---------------------------------------------------------------------------------------------------
+
+
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float
+) -> Tensor:
+    """csrc/cpu/lora.cpp: the large product starts from the low-rank term; dropout's mask is made again in backward."""
+    seed = new_seed() if dropout_p > 0 else None
+    inputs = (x, weight, bias, lora_A, lora_B)
+    options = (scaling, dropout_p, seed, _checks.autocast_dtype(x) or x.dtype)
+    if torch.compiler.is_compiling():
+        return torch.ops.llmfast.lora_linear_fwd(*inputs, *options)[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _LoraLinear.apply(*inputs, *options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.llmfast.lora_linear_fwd.default(*inputs, *options)[0]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Cheaper a call than ``register_autograd`` (below), which torch.compile and opcheck take."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.llmfast.lora_linear_fwd.default(*inputs)
+        _setup(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.once("lora_linear")
+        return _backward(ctx, dy)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.dtype = inputs
+    ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
+
+
+def _backward(ctx: Any, dy: Tensor, _dlow: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    *saved, seed = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    gradients = torch.ops.llmfast.lora_linear_bwd.default(
+        dy, *saved, ctx.scaling, ctx.dropout_p, seed, ctx.dtype, _checks.bits(needs)
+    )
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None
+
+
+@_library.on_load
+def _register() -> None:
+    @torch.library.register_fake("llmfast::lora_linear_fwd")
+    def _fwd(
+        x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+        dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        low = x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]), dtype=torch.float32)
+        return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype), low
+
+    @torch.library.register_fake("llmfast::lora_linear_bwd")
+    def _bwd(
+        dy: Tensor, x: Tensor, low: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
+        dropout_p: float, seed: Tensor | None, dtype: torch.dtype, wanted: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        likes = (x, weight, weight.sum(1), lora_A, lora_B)
+        return tuple(t.new_empty(t.shape if wanted >> i & 1 else (0,)) for i, t in enumerate(likes))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    torch.library.register_autograd("llmfast::lora_linear_fwd", _backward, setup_context=setup)
+
+
+def _declines(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float
+) -> list[str]:
+    return _library.transforms() or _checks.low_precision_only(x, weight, bias, lora_A, lora_B)
+
+
+def _not_worth(x: Tensor, *_: Any) -> bool:
+    return route_of(_checks.autocast_dtype(x) or x.dtype) != "ours"
+
+
+# ---- Op --------------------------------------------------------------------------------------------------------------
 
 
 def _inputs(shape: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -80,7 +166,19 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    implementations=[Implementation("torch", _torch, "PyTorch")],
+    implementations=[
+        Implementation(
+            "cpp",
+            _native,
+            "ours",
+            ("cpu",),
+            (torch.float32, torch.bfloat16),
+            _library.unavailable,
+            _declines,
+            _not_worth,
+        ),
+        Implementation("torch", _torch, "PyTorch"),
+    ],
 )
 
 
@@ -99,7 +197,8 @@ def lora_linear(
 
     x: (..., in); weight: (out, in); bias: (out,) or None; lora_A: (r, in); lora_B: (out, r); one dtype (under autocast:
     any). scaling: alpha / r. dropout_p in [0, 1): dropout on x in front of lora_A, from the default torch generator.
-    Returns (..., out). Raises ``ValueError``/``TypeError`` for arguments that do not fit.
+    Returns (..., out). The kernel of backend "cpp" is differentiable once.
+    Raises ``ValueError``/``TypeError`` for arguments that do not fit.
     """
     _checks.floating("lora_linear", "x", x)
     _checks.floating("lora_linear", "weight", weight, 2)

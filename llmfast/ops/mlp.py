@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast.config import suggest
-from llmfast.ops import _checks
+from llmfast.ops import _checks, _library
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
-from llmfast.ops.matmul import linear, mm_nn, mm_nt, mm_tn, uses_onednn
+from llmfast.ops.matmul import linear, mm_nn, mm_nt, mm_tn, route_of, uses_onednn
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
@@ -108,6 +108,84 @@ class _Mlp(torch.autograd.Function):
         return dx, dfc, dfc_bias, dproj, dproj_bias, None
 
 
+# ---- Native kernel ---------------------------------------------------------------------------------------------------
+
+
+def _native(
+    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
+) -> Tensor:
+    """csrc/cpu/mlp.cpp: keeps the input of the activation alone."""
+    inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    dtype = _checks.autocast_dtype(x) or x.dtype
+    if torch.compiler.is_compiling():
+        return torch.ops.llmfast.mlp_fwd(*inputs, activation, dtype, keep)[0]
+    if keep:
+        return _NativeMlp.apply(*inputs, activation, dtype, keep)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.llmfast.mlp_fwd.default(*inputs, activation, dtype, keep)[0]
+
+
+class _NativeMlp(torch.autograd.Function):
+    """Cheaper a call than ``register_autograd`` (below), which torch.compile and opcheck take."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.llmfast.mlp_fwd.default(*inputs)
+        _setup(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _checks.once("mlp")
+        return _backward(ctx, dy)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, fc_weight, _, proj_weight, _, ctx.activation, *_ = inputs
+    ctx.save_for_backward(x, output[1], fc_weight, proj_weight)
+
+
+def _backward(ctx: Any, dy: Tensor, _dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    x, h, fc_weight, proj_weight = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:5]
+    gradients = torch.ops.llmfast.mlp_bwd.default(dy, x, h, fc_weight, proj_weight, ctx.activation, _checks.bits(needs))
+    return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
+
+
+@_library.on_load
+def _register() -> None:
+    @torch.library.register_fake("llmfast::mlp_fwd")
+    def _fwd(
+        x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
+        activation: str, dtype: torch.dtype, keep: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        h = (x.shape[:-1].numel(), fc_weight.shape[0]) if keep else (0,)
+        return x.new_empty((*x.shape[:-1], proj_weight.shape[0]), dtype=dtype), x.new_empty(h, dtype=dtype)
+
+    @torch.library.register_fake("llmfast::mlp_bwd")
+    def _bwd(
+        dy: Tensor, x: Tensor, h: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, wanted: int
+    ) -> tuple[Tensor, ...]:
+        likes = (x, fc_weight, fc_weight.sum(1), proj_weight, proj_weight.sum(1))
+        return tuple(t.new_empty(t.shape if wanted >> i & 1 else (0,)) for i, t in enumerate(likes))
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _setup(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[1])
+
+    torch.library.register_autograd("llmfast::mlp_fwd", _backward, setup_context=setup)
+
+
+def _declines(x: Tensor, *parameters: Any) -> list[str]:
+    return _library.transforms() or _checks.low_precision_only(x, *parameters[:-1])
+
+
+def _not_worth(x: Tensor, *_: Any) -> bool:
+    return route_of(_checks.autocast_dtype(x) or x.dtype) != "ours"
+
+
 # ---- Op --------------------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +229,19 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    implementations=[Implementation("torch", _torch, "PyTorch")],
+    implementations=[
+        Implementation(
+            "cpp",
+            _native,
+            "ours",
+            ("cpu",),
+            (torch.float32, torch.bfloat16),
+            _library.unavailable,
+            _declines,
+            _not_worth,
+        ),
+        Implementation("torch", _torch, "PyTorch"),
+    ],
 )
 
 
@@ -168,8 +258,9 @@ def mlp(
     """Linear, activation, linear.
 
     x: (..., C); fc_weight: (M, C); fc_bias: (M,) or None; proj_weight: (C_out, M); proj_bias: (C_out,) or None; one
-    dtype (under autocast: any). activation: "gelu_tanh", "gelu" or "relu". Returns (..., C_out). Where oneDNN runs it,
-    "gelu" and "relu" are differentiable once. Raises ``ValueError``/``TypeError`` for arguments that do not fit.
+    dtype (under autocast: any). activation: "gelu_tanh", "gelu" or "relu". Returns (..., C_out). The kernel of backend
+    "cpp", and with oneDNN "gelu" and "relu" of backend "torch", are differentiable once.
+    Raises ``ValueError``/``TypeError`` for arguments that do not fit.
     """
     _checks.floating("mlp", "x", x)
     _checks.floating("mlp", "fc_weight", fc_weight, 2)

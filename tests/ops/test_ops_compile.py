@@ -128,6 +128,33 @@ def test_opcheck_of_the_native_attention(dtype, masks):
     torch.library.opcheck(raw.causal_attention_bwd.default, (torch.randn_like(out), q, k, v, out, lse, *options))
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_of_the_native_mlp(dtype, bias):
+    x, w1, b1, w2, b2 = (torch.randn(*s).to(dtype).requires_grad_() for s in ((2, 3, 5), (7, 5), (7,), (4, 7), (4,)))
+    raw, b1, b2 = torch.ops.llmfast, b1 if bias else None, b2 if bias else None
+    torch.library.opcheck(raw.mlp_fwd.default, (x, w1, b1, w2, b2, "gelu", dtype, True), **_tolerance(dtype))
+    x, w1, w2 = (t.detach() for t in (x, w1, w2))
+    _, h = raw.mlp_fwd(x, w1, None, w2, None, "gelu", dtype, True)
+    torch.library.opcheck(
+        raw.mlp_bwd.default, (torch.randn(2, 3, 4), x, h, w1, w2, "gelu", 0b11111 if bias else 0b01010)
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck_of_the_native_lora(dtype, dropout_p):
+    sizes = ((2, 3, 5), (7, 5), (7,), (2, 5), (7, 2))
+    x, w, b, A, B = (torch.randn(*s).to(dtype).requires_grad_() for s in sizes)
+    raw, options = torch.ops.llmfast, (0.5, dropout_p, torch.tensor(3), dtype)
+    torch.library.opcheck(raw.lora_linear_fwd.default, (x, w, b, A, B, *options), **_tolerance(dtype))
+    x, w, A, B = (t.detach() for t in (x, w, A, B))
+    _, low = raw.lora_linear_fwd(x, w, None, A, B, *options)
+    torch.library.opcheck(raw.lora_linear_bwd.default, (torch.randn(2, 3, 7), x, low, w, A, B, *options, 0b11111))
+
+
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_of_the_chunked_losses(bias, native):

@@ -1,0 +1,81 @@
+#pragma once
+// Tensors as operands and results of gemm(). Checks name the argument.
+#include <optional>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "stable.h"
+
+namespace llmfast::cpu {
+
+inline Dtype dtype_of(const char* name, ScalarType type) {
+  if (type == ScalarType::BFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Float, name, " must be float32 or bfloat16 on a CPU, got ",
+                  torch::headeronly::toString(type));
+  return Dtype::f32;
+}
+
+// A contiguous tensor as the matrix of its rows: (..., columns).
+struct Matrix {
+  Tensor tensor;
+  int64_t rows = 1, columns = 0;
+  Dtype dtype;
+
+  Matrix(const char* name, const Tensor& t)
+      : tensor(torch::stable::contiguous(t)), dtype(dtype_of(name, t.scalar_type())) {
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() >= 1, name, " must be a CPU tensor with at least one dimension");
+    for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+    columns = t.size(t.dim() - 1);
+  }
+  // Checked to be (rows, columns).
+  Matrix(const char* name, const Tensor& t, int64_t want_rows, int64_t want_columns) : Matrix(name, t) {
+    STD_TORCH_CHECK(rows == want_rows && columns == want_columns, name, " must have the shape (", want_rows, ", ",
+                    want_columns, "), got (", rows, ", ", columns, ")");
+  }
+
+  void* data() { return tensor.mutable_data_ptr(); }
+  const void* data() const { return tensor.const_data_ptr(); }
+  Operand operand(bool transposed = false) const { return {data(), columns, dtype, transposed}; }
+};
+
+// A new one of the shape `sizes`; without elements where it is not wanted.
+inline Matrix new_matrix(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type, bool wanted = true) {
+  return {"result", torch::stable::new_empty(like, wanted ? sizes : std::vector<int64_t>{0}, type)};
+}
+
+// x's shape with another last dimension.
+inline std::vector<int64_t> with_width(const Tensor& x, int64_t width) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = width;
+  return sizes;
+}
+
+// sums (n,) in float32, for column_sums() and the like, and then in the dtype of a parameter.
+struct Sums {
+  Tensor tensor;
+
+  Sums(const Tensor& like, int64_t n, bool wanted)
+      : tensor(torch::stable::new_empty(like, {wanted ? n : 0}, ScalarType::Float)) {}
+  float* data() { return static_cast<float*>(tensor.mutable_data_ptr()); }
+  Tensor as(ScalarType type) const { return type == ScalarType::Float ? tensor : torch::stable::to(tensor, type); }
+};
+
+// A bias (n,) in float32, as gemm() wants it.
+struct Bias {
+  std::optional<Tensor> tensor;
+
+  Bias(const char* name, const std::optional<Tensor>& t, int64_t n) : tensor(t) {
+    if (!t) return;
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->size(0) == n, name, " must be a CPU tensor of shape (", n, ",)");
+    if (t->scalar_type() != ScalarType::Float) tensor = torch::stable::to(*t, ScalarType::Float);
+    tensor = torch::stable::contiguous(*tensor);
+  }
+  const float* data() const { return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr; }
+};
+
+// c = a b, all of c, with K terms a sum and operands rounded to `compute`.
+inline Product product(Matrix& c, Operand a, Operand b, int64_t K, Dtype compute) {
+  return {c.rows, c.columns, K, a, b, c.data(), c.columns, c.dtype, compute};
+}
+
+}  // namespace llmfast::cpu
