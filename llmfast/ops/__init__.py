@@ -5,6 +5,7 @@ See docs/adding_a_kernel.md. Importing this loads torch, but no compiled kernel:
 
 from __future__ import annotations
 
+from llmfast.ops import _update as _update  # registers the optimizer's raw ops
 from llmfast.ops._dropout import dropout
 from llmfast.ops._registry import BackendError, use_backend
 from llmfast.ops.add_layer_norm import add_layer_norm
