@@ -14,7 +14,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  format the code"
-	@echo "make fuzz    many random cases of every op against float64 (CASES=2000 SEED=0)"
+	@echo "make fuzz    many random cases of every op against float64 (CASES=2000 SEED=0 ISA=best)"
 	@echo "make bench   whole training steps beside eager PyTorch and, with LLMFAST_PEERS, the peers"
 	@echo "make clean   remove everything that was built"
 
@@ -52,8 +52,9 @@ format: $(VENV)/ready
 
 CASES ?= 2000
 SEED ?= 0
+ISA ?= best
 fuzz: $(VENV)/ready
-	$(BIN)/python -m tests.ops.fuzz --cases $(CASES) --seed $(SEED)
+	$(BIN)/python -m tests.ops.fuzz --cases $(CASES) --seed $(SEED) --isa $(ISA)
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,21 @@ def why_not(
 
 
 def worst_ratio(
-    op: Op, backend: str, shape: dict[str, Any], dtype: torch.dtype, device: Any = "cpu"
+    op: Op,
+    backend: str,
+    shape: dict[str, Any],
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    arrange: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> tuple[float, str]:
     """Largest error over allowed error, and where: "y0" for an output, "d x" for the gradient by x; at most 1 is right.
 
     Allowed is ``ratio`` times the error of eager PyTorch in the same dtype, plus ``floor`` eps of the largest value
-    among the inputs and this output.
+    among the inputs and this output. ``arrange`` puts each input into another memory layout.
     """
     inputs = op.inputs(shape, dtype, device)
     doubles = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = {k: arrange(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     exact = _outputs_and_gradients(op.reference, doubles)
     eager = _outputs_and_gradients(op.eager, inputs)
     with use_backend(f"{op.name}={backend}"):
