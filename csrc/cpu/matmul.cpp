@@ -1,5 +1,6 @@
 #include <optional>
 
+#include "cpu/activation.h"
 #include "cpu/gemm.h"
 #include "stable.h"
 
@@ -74,10 +75,21 @@ void add_mm(Tensor& c, const Tensor& a, const Tensor& b, bool bf16) {
   gemm(p);
 }
 
+Tensor sums_of_columns(const Tensor& x_in) {
+  STD_TORCH_CHECK(x_in.dim() == 2, "x must have two dimensions, got ", x_in.dim());
+  const Dtype dtype = dtype_of(x_in, "x");
+  const Tensor x = x_in.stride(1) == 1 || x_in.size(1) <= 1 ? x_in : torch::stable::contiguous(x_in);
+  Tensor sums = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
+  column_sums(dtype, x.const_data_ptr(), x.stride(0), static_cast<float*>(sums.mutable_data_ptr()), x.size(0),
+              x.size(1));
+  return sums;
+}
+
 }  // namespace
 }  // namespace llmfast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(llmfast, CPU, m) {
   m.impl("mm", TORCH_BOX(&llmfast::cpu::mm));
+  m.impl("column_sums", TORCH_BOX(&llmfast::cpu::sums_of_columns));
   m.impl("add_mm_", TORCH_BOX(&llmfast::cpu::add_mm));
 }

@@ -1,17 +1,22 @@
-"""``linear`` and the matrix products under it: PyTorch's default on the CPU, or oneDNN where that measures faster.
+"""``linear`` and the matrix products under it: PyTorch's default on the CPU, oneDNN, or our own.
 
-PyTorch sends float32 products to MKL, which on AMD CPUs reaches about half of what oneDNN does. Which of the two runs
-is decided once per process and dtype, by one short interleaved measurement of a forward product and both its gradients,
-and only after a numeric self-test (on AMX machines oneDNN's fast mode really rounds to bfloat16; then it is refused).
+PyTorch sends float32 products to MKL, which on AMD CPUs reaches about half of what oneDNN does; csrc/cpu/gemm.cpp is as
+fast as oneDNN and needs no copies of weights or outputs around it. Which of the three runs is decided once per process
+and dtype, by one short interleaved measurement of a forward product and both its gradients, and only after a numeric
+self-test (on AMX machines oneDNN's fast mode really rounds to bfloat16; then it is refused). Where our own is chosen,
+the kernels built on it (mlp, loss, decoder layers) are too; what they decline falls back to the faster library.
 
 Shapes: x (..., K), weight (N, K), y (..., N); M = rows of x.
 - y = x W^T and dX = dY W take ``mkldnn::_linear_pointwise``, which reads a transposed view as it is.
 - dW = dY^T X takes ``mm`` with oneDNN switched on for that one call, which reads the transposed dY as it is.
+- Ours are all three ``llmfast::mm``, which reads transposed views, rounds float32 to bfloat16 where that is asked for,
+  and writes either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -26,12 +31,15 @@ from torch.autograd import forward_ad
 
 from llmfast.config import suggest
 from llmfast.errors import UserError
+from llmfast.ops import _checks, _library
+from llmfast.ops._registry import current_setting
 
 ROUTED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-ROUTES = ("default", "onednn")
-# Below this many multiply-adds the calls cost as much as the product (measured: 32 x 128 x 512 is even).
+ROUTES = ("default", "onednn", "ours")
+# Below this many multiply-adds the calls cost as much as the product (measured: 32 x 128 x 512 is even with oneDNN).
 MIN_MACS = 1 << 21
-# oneDNN must win by this much, or the default stays.
+MIN_OWN_MACS = 1 << 17
+# oneDNN must win by this much, or the default stays; ours may lose by as much, since it needs no copies around it.
 MIN_GAIN = 1.1
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -39,12 +47,32 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @dataclass(frozen=True)
 class Route:
-    """The decision for one dtype, and what it rests on (microseconds for forward, dX and dW of the probe)."""
+    """The decision for one dtype, and what it rests on (microseconds for forward, dX and dW of the probe).
+
+    library: "default" or "onednn", the faster one of PyTorch's own; it is the route too, unless that is "ours".
+    """
 
     route: str
     reason: str
+    library: str
     default_us: float | None = None
     onednn_us: float | None = None
+    ours_us: float | None = None
+
+
+@_library.on_load
+def _register() -> None:
+    @torch.library.register_fake("llmfast::mm")
+    def _(a: Tensor, b: Tensor, bias: Tensor | None, bf16: bool, bf16_out: bool) -> Tensor:
+        return a.new_empty(a.shape[0], b.shape[1], dtype=torch.bfloat16 if bf16_out else torch.float32)
+
+    @torch.library.register_fake("llmfast::add_mm_")
+    def _(c: Tensor, a: Tensor, b: Tensor, bf16: bool) -> None:
+        return None
+
+    @torch.library.register_fake("llmfast::column_sums")
+    def _(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
 _routes: dict[torch.dtype, Route] = {}
@@ -58,11 +86,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as ``torch.nn.functional.linear``, through the faster matrix product of this CPU.
 
     x: (..., K); weight: (N, K); bias: (N,) or None; all of one dtype. Returns (..., N).
-    Off the CPU, under torch.compile, autocast or functorch, and for small products it is ``F.linear`` itself.
+    Off the CPU, under torch.compile or functorch, and for small products it is ``F.linear`` itself. Under autocast to
+    bfloat16 our own product takes float32 weights as they are, and their gradients stay float32.
     Raises ``ValueError`` if the sizes do not fit.
     """
     if weight.dim() != 2 or x.size(-1) != weight.size(1):
         raise ValueError(f"linear: weight must be (N, K) for x (..., K) = {tuple(x.shape)}, got {tuple(weight.shape)}")
+    if uses_ours(x, weight) and (bias is None or (bias.dtype in ROUTED and bias.shape == weight.shape[:1])):
+        bf16 = (_checks.autocast_dtype(x) or x.dtype) is torch.bfloat16
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _OwnLinear.apply(x, weight, bias, bf16)
+        return _own(x, weight.t(), bias, bf16)
     if not uses_onednn(x, weight) or not (bias is None or (bias.dtype is x.dtype and bias.shape == weight.shape[:1])):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (
@@ -73,7 +109,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of x (..., K) and weight (N, K) take oneDNN: by type, shape and route alone."""
+    """Whether PyTorch's products of x (..., K) and weight (N, K) take oneDNN: by type, shape and route alone."""
     return (
         x.is_cpu
         and x.numel() * weight.size(0) >= MIN_MACS
@@ -86,7 +122,26 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and _route(x.dtype).route == "onednn"
+        and _route(x.dtype).library == "onednn"
+    )
+
+
+def uses_ours(x: Tensor, weight: Tensor) -> bool:
+    """Whether products of x (..., K) and weight (N, K) take our own: by type, shape, backend, autocast and route."""
+    return (
+        x.is_cpu
+        and x.numel() * weight.size(0) >= MIN_OWN_MACS
+        and weight.is_cpu
+        and not torch.compiler.is_compiling()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and x.dtype in ROUTED
+        and weight.dtype in ROUTED
+        and (x.dtype is weight.dtype or torch.is_autocast_enabled("cpu"))
+        and current_setting().default in ("auto", "cpp")
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and route_of(_checks.autocast_dtype(x) or x.dtype) == "ours"
     )
 
 
@@ -106,7 +161,42 @@ class _Linear(torch.autograd.Function):
         return dx, dw, (rows.sum(0) if ctx.needs_input_grad[2] else None)
 
 
-# ---- The three products ----------------------------------------------------------------------------------------------
+class _OwnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.bf16 = bf16
+        return _own(x, weight.t(), bias, bf16)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph the gradients must be differentiable themselves
+            rows = dy.reshape(-1, dy.shape[-1])
+            dx = (rows @ weight.to(rows.dtype)).view(x.shape).to(x.dtype)
+            dw = (rows.t() @ x.reshape(-1, x.shape[-1]).to(rows.dtype)).to(weight.dtype)
+            return dx, dw, None if bias is None else rows.sum(0).to(bias.dtype), None
+        needs = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = dw = db = None
+        if needs[0]:
+            dx = torch.ops.llmfast.mm.default(rows, weight, None, ctx.bf16, x.dtype is torch.bfloat16).view(x.shape)
+        if needs[1]:
+            flat = x.reshape(-1, x.shape[-1])
+            dw = torch.ops.llmfast.mm.default(rows.t(), flat, None, ctx.bf16, weight.dtype is torch.bfloat16)
+        if needs[2] and bias is not None:
+            db = torch.ops.llmfast.column_sums.default(rows).to(bias.dtype)
+        return dx, dw, db, None
+
+
+def _own(x: Tensor, matrix: Tensor, bias: Tensor | None, bf16: bool) -> Tensor:
+    """x (..., K) matrix (K, N) + bias; bfloat16 where the product is."""
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.llmfast.mm.default(x.reshape(-1, x.shape[-1]), matrix, bias, bf16, bf16)
+    return y.view(*x.shape[:-1], matrix.shape[1])
+
+
+# ---- PyTorch's three products ----------------------------------------------------------------------------------------
 
 
 def mm_nt(x: Tensor, weight: Tensor, onednn: bool, bias: Tensor | None = None) -> Tensor:
@@ -180,19 +270,37 @@ def _decide(dtype: torch.dtype) -> Route:
         known = ("auto", *ROUTES)
         raise UserError(f"LLMFAST_MATMUL: unknown route {wanted!r}{suggest(wanted, known)}; routes: {', '.join(known)}")
     if wanted == "default":
-        return Route("default", "LLMFAST_MATMUL=default")
-    refusal = _why_not_onednn(dtype)
-    if refusal is not None:
-        if wanted == "onednn" and dtype is torch.float32:  # bfloat16 is not on every CPU
-            raise UserError(f"LLMFAST_MATMUL=onednn cannot serve {ROUTED[dtype]}: {refusal}")
-        return Route("default", refusal)
-    if wanted == "onednn":
-        return Route("onednn", "LLMFAST_MATMUL=onednn")
+        return Route("default", "LLMFAST_MATMUL=default", "default")
+    refusals = {route: _why_not(route, dtype) for route in ROUTES}
+    if refusals.get(wanted) is not None and dtype is torch.float32:  # bfloat16 is not on every CPU
+        raise UserError(f"LLMFAST_MATMUL={wanted} cannot serve {ROUTED[dtype]}: {refusals[wanted]}")
+    able = [route for route in ROUTES if refusals[route] is None]
+    if wanted == "onednn" and wanted in able:
+        return Route("onednn", "LLMFAST_MATMUL=onednn", "onednn")
+    if able == ["default"]:
+        return Route("default", "; ".join(str(refusals[route]) for route in ROUTES[1:]), "default")
     with _alone():
-        default_us, onednn_us = _measure(dtype)
-    faster = default_us >= MIN_GAIN * onednn_us
-    reason = f"oneDNN measured {default_us / onednn_us:.2f}x as fast as the default"
-    return Route("onednn" if faster else "default", reason, round(default_us, 1), round(onednn_us, 1))
+        us = _measure(dtype, able)
+    library = "onednn" if MIN_GAIN * us.get("onednn", float("inf")) <= us["default"] else "default"
+    ours = wanted == "ours" or us.get("ours", float("inf")) <= MIN_GAIN * us[library]
+    route = "ours" if ours and "ours" in able else library
+    if wanted == route:
+        reason = f"LLMFAST_MATMUL={wanted}"
+    else:
+        names = {"onednn": "oneDNN", "ours": "our own"}
+        speeds = [f"{names[r]} measured {us['default'] / us[r]:.2f}x as fast as the default" for r in able[1:]]
+        reason = "; ".join(speeds + [why for why in refusals.values() if why])
+    return Route(route, reason, library, *(round(us[r], 1) if r in us else None for r in ROUTES))
+
+
+def _why_not(route: str, dtype: torch.dtype) -> str | None:
+    """Reason against a route for ``dtype``: what is missing here, or what the self-test found."""
+    if route == "default":
+        return None
+    if route == "onednn":
+        return _why_not_onednn(dtype)
+    reason = _library.why_not_loaded()
+    return reason if reason is not None else _self_test(dtype, "ours")
 
 
 def _why_not_onednn(dtype: torch.dtype) -> str | None:
@@ -203,18 +311,23 @@ def _why_not_onednn(dtype: torch.dtype) -> str | None:
         return "this PyTorch has no per-call way to oneDNN"
     if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "oneDNN has no bfloat16 on this CPU"
+    return _self_test(dtype, "onednn")
+
+
+def _self_test(dtype: torch.dtype, route: str) -> str | None:
+    """Why products of random numbers by ``route`` are not good enough, against float64."""
     with _alone():
         operands = _probe(dtype, 256)
-        exact = _products(tuple(t.double() for t in operands), False)
+        exact = _products(tuple(t.double() for t in operands), "default")
         errors = []
-        for onednn in (False, True):
+        for one in ("default", route):
             try:
-                ours = _products(operands, onednn)
+                found = _products(operands, one)
             except RuntimeError as error:
-                return f"oneDNN does not run here: {str(error).splitlines()[0]}"
-            errors.append(max(float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)))
+                return f"{route} does not run here: {str(error).splitlines()[0]}"
+            errors.append(max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)))
     if not errors[1] <= 4 * errors[0] + torch.finfo(dtype).eps:
-        return f"oneDNN rounds {ROUTED[dtype]} products (error {errors[1]:.1e}, default {errors[0]:.1e})"
+        return f"{route} rounds {ROUTED[dtype]} products (error {errors[1]:.1e}, default {errors[0]:.1e})"
     return None
 
 
@@ -236,26 +349,40 @@ def _probe(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, w, dy
 
 
-def _products(operands: tuple[Tensor, ...], onednn: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _products(operands: tuple[Tensor, ...], route: str) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(product(route) for product in _three(operands))  # type: ignore[return-value]
+
+
+def _three(operands: tuple[Tensor, ...]) -> list[Callable[[str], Tensor]]:
+    """Forward, dX and dW, each to be run by a route."""
     x, w, dy = operands
-    return mm_nt(x, w, onednn), mm_nn(dy, w, onednn), mm_tn(dy, x, onednn)
+    bf16 = x.dtype is torch.bfloat16
+
+    def run(pytorch: Callable[..., Tensor], a: Tensor, b: Tensor, left: Tensor, right: Tensor, route: str) -> Tensor:
+        if route == "ours":
+            return torch.ops.llmfast.mm.default(left, right, None, bf16, bf16)
+        return pytorch(a, b, route == "onednn")
+
+    return [
+        functools.partial(run, mm_nt, x, w, x, w.t()),
+        functools.partial(run, mm_nn, dy, w, dy, w),
+        functools.partial(run, mm_tn, dy, x, dy.t(), x),
+    ]
 
 
-def _measure(dtype: torch.dtype, size: int = 320, rounds: int = 12) -> tuple[float, float]:
-    """Microseconds for the three products of the probe by the default and by oneDNN.
+def _measure(dtype: torch.dtype, routes: list[str], size: int = 320, rounds: int = 12) -> dict[str, float]:
+    """Microseconds for the three products of the probe by each of ``routes``.
 
     Interleaved, and of each product the fastest round counts: on a busy machine the others tell of its neighbours.
     """
-    x, w, dy = _probe(dtype, size)
-    operands: dict[Callable[..., Tensor], tuple[Tensor, Tensor]] = {mm_nt: (x, w), mm_nn: (dy, w), mm_tn: (dy, x)}
-    fastest = {(onednn, product): float("inf") for onednn in (False, True) for product in operands}
+    products = _three(_probe(dtype, size))
+    fastest = {(route, index): float("inf") for route in routes for index in range(len(products))}
     for _ in range(rounds):
-        for onednn, product in fastest:
+        for route, index in fastest:
             start = time.perf_counter()
-            product(*operands[product], onednn)
-            fastest[onednn, product] = min(fastest[onednn, product], time.perf_counter() - start)
-    default, routed = (1e6 * sum(t for (route, _), t in fastest.items() if route == wanted) for wanted in (False, True))
-    return default, routed
+            products[index](route)
+            fastest[route, index] = min(fastest[route, index], time.perf_counter() - start)
+    return {route: 1e6 * sum(fastest[route, index] for index in range(len(products))) for route in routes}
 
 
 def matmul_routing() -> dict[str, str]:
@@ -272,12 +399,19 @@ def set_matmul_routing(routing: dict[str, str]) -> None:
             raise ValueError(
                 f"routing: {name!r}: {route!r} is not one of {', '.join(names)} with {' or '.join(ROUTES)}"
             )
-        refusal = _why_not_onednn(names[name]) if route == "onednn" else None
+        dtype = names[name]
+        refusal = _why_not(route, dtype)
         if refusal is not None:
-            raise ValueError(f"routing: {name} cannot go to oneDNN here: {refusal}")
-        chosen[names[name]] = Route(route, "set by the caller")
+            raise ValueError(f"routing: {name} cannot take {route} here: {refusal}")
+        library = _library_beside_ours(dtype) if route == "ours" else route
+        chosen[dtype] = Route(route, "set by the caller", library)
     with _lock:
         _routes.update(chosen)
+
+
+def _library_beside_ours(dtype: torch.dtype) -> str:
+    known = _routes.get(dtype)
+    return (known or _decide(dtype)).library
 
 
 def routing_report() -> dict[str, dict[str, Any]]:
