@@ -93,7 +93,7 @@ def cells(op: Op, device: str) -> Iterator[tuple[Implementation, torch.dtype, st
 def work(options: argparse.Namespace) -> None:
     """One op on this process's instruction set; tells the parent each case that begins, and each result."""
     torch.set_num_threads(1)
-    matmul.MIN_MACS = 0  # the route counts, not the speed
+    matmul.MIN_MACS = matmul.MIN_OWN_MACS = 0  # the route counts, not the speed
     (name,) = options.op
     op = OPS[name]
     for implementation, dtype, route in cells(op, options.device):

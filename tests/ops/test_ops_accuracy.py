@@ -22,12 +22,13 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["default", "onednn"])
+@pytest.fixture(params=matmul.ROUTES)
 def route(request, monkeypatch):
     """Every product of float32 and bfloat16 goes this way, however small it is."""
     ops.matmul_routing()
     monkeypatch.setattr(matmul, "_routes", {})
     monkeypatch.setattr(matmul, "MIN_MACS", 0)
+    monkeypatch.setattr(matmul, "MIN_OWN_MACS", 0)
     try:
         ops.set_matmul_routing({"float32": request.param, "bfloat16": request.param})
     except ValueError as refusal:
@@ -130,7 +131,8 @@ def test_linear_takes_the_chosen_route_and_keeps_its_gradients(route):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
     leaf = single["x"].requires_grad_()
     graph = ops.linear(leaf, single["weight"]).grad_fn
-    assert ("_Linear" in type(graph).__name__) == (route == "onednn")
+    name = type(graph).__name__
+    assert [name.startswith(own) for own in ("_Linear", "_OwnLinear")] == [route == "onednn", route == "ours"]
 
 
 def test_linear_can_be_differentiated_twice(route):

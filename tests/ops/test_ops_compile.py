@@ -155,6 +155,16 @@ def test_opcheck_of_the_native_lora(dtype, dropout_p):
     torch.library.opcheck(raw.lora_linear_bwd.default, (torch.randn(2, 3, 7), x, low, w, A, B, *options, 0b11111))
 
 
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_native_products(dtype):
+    a, b, bias = torch.randn(5, 7).to(dtype), torch.randn(3, 7).to(dtype).t(), torch.randn(3).to(dtype)
+    raw, low = torch.ops.llmfast, dtype is torch.bfloat16
+    torch.library.opcheck(raw.mm.default, (a, b, bias, low, low))
+    torch.library.opcheck(raw.add_mm_.default, (torch.zeros(5, 3), a, b, low))
+    torch.library.opcheck(raw.column_sums.default, (a,))
+
+
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_of_the_chunked_losses(bias, native):
