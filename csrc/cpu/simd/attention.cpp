@@ -101,29 +101,31 @@ float softmax_row(float* s, int64_t n, float scale, float* top, float* sum, cons
   const float before = *top;
   float rescale = 1.f;
   if (n > 0) {
-    const float now = max_of(s, n, scale, before);
-    Vec total = {};
     const int64_t full = n / kLanes * kLanes;
+    Vec most = Vec{} + before;
+    for (int64_t j = 0; j < full; j += kLanes) most = larger(Wide::load(s + j) * scale, most);
+    if (full < n) most = larger(first_lanes(Wide::load(s + full) * scale, n - full, before), most);
+    const float now = largest(most);
+    Vec total = {};
     for (int64_t j = 0; j < full; j += kLanes) {
-      const Vec e = exponential(Wide::load(s + j) * scale - now);
+      const Vec e = exp_any(Wide::load(s + j) * scale - now);
       total += e;
-      Wide::store(p + j, e);
+      E::store(p + j, e);
     }
     if (full < n) {
-      const Vec e = first_lanes(exponential(Wide::load(s + full) * scale - now), n - full);
+      const Vec e = first_lanes(exp_any(Wide::load(s + full) * scale - now), n - full);
       total += e;
-      Wide::store(p + full, e);
+      E::store(p + full, e);
     }
-    rescale = exponential(Vec{} + (before - now))[0];
-    *sum = *sum * rescale + sum_of(total);
+    if (before != now) rescale = before == -FLT_MAX ? 0.f : exp_any(before - now);
+    *sum = *sum * rescale + across(total);
     *top = now;
     if (dropout.drop)
       for_dropout(dropout, mask_row, key0, key0 + n, [&](auto lanes, int64_t i, auto factor) {
         lanes.store(p + i - key0, lanes.load(p + i - key0) * factor);
       });
   }
-  const Vec zero = {};
-  for (int64_t j = round_up(n, kLanes); j < n + kTileRows; j += kLanes) Wide::store(p + j, zero);
+  for (int64_t j = round_up(n, kLanes); j < n + kTileRows; j += kLanes) E::store(p + j, Vec{});
   return rescale;
 }
 
@@ -217,7 +219,7 @@ void gradient_rows(const Block& block, int64_t r, float* s, float* dp, typename 
     for (int u = 0; u < E::unit; ++u) {
       p[u] = ds[u] = Vec{};
       if (j >= n[u]) continue;
-      Vec e = exponential(Wide::load(s + u * kScores + j) * scale - lse[r + u]), g = Wide::load(dp + u * kScores + j);
+      Vec e = exp_any(Wide::load(s + u * kScores + j) * scale - lse[r + u]), g = Wide::load(dp + u * kScores + j);
       Vec dropped = e;
       if (a.dropout.drop) {
         const Vec factor = Wide::load(factors[u] + j);
@@ -227,9 +229,9 @@ void gradient_rows(const Block& block, int64_t r, float* s, float* dp, typename 
       p[u] = first_lanes(dropped, n[u] - j);
       ds[u] = first_lanes(e * (g - delta[r + u]) * a.scale, n[u] - j);
     }
-    E::store_rows(s + j, p, kScores);
-    E::store_rows(dp + j, ds, kScores);
-    for (int u = 0; u < E::unit; ++u) Wide::store(by_row + u * kScores + j, ds[u]);
+    E::store_rows(s + j, p);
+    E::store_rows(dp + j, ds);
+    for (int u = 0; u < E::unit; ++u) E::store(by_row + u * kScores + j, ds[u]);
   }
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 // Packing and products of attention's blocks, see attention.cpp.
+#include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -26,7 +27,8 @@ struct Floats {
     memcpy(&f, &a, sizeof f);
     return sum + f * b;
   }
-  static void store_rows(float* to, const Vec* rows, int64_t) { Wide::store(to, rows[0]); }
+  static void store(Element* to, Vec v) { Wide::store(to, v); }
+  static void store_rows(float* to, const Vec* rows) { Wide::store(to, rows[0]); }
 };
 
 #if defined(__AVX512BF16__)
@@ -36,10 +38,14 @@ struct Pairs {
   static Vec fma(Vec sum, uint32_t a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b);
   }
+  static Halves rounded(Vec v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
+  static void store(Element* to, Vec v) {
+    const Halves h = rounded(v);
+    memcpy(to, &h, sizeof h);
+  }
   // Pairs (rows[0][j], rows[1][j]), at the place of the first row of floats.
-  static void store_rows(float* to, const Vec* rows, int64_t) {
-    const Bits low = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)rows[0]), Bits);
-    const Bits high = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)rows[1]), Bits);
+  static void store_rows(float* to, const Vec* rows) {
+    const Bits low = __builtin_convertvector(rounded(rows[0]), Bits), high = __builtin_convertvector(rounded(rows[1]), Bits);
     const Bits both = low | high << 16;
     memcpy(to, &both, sizeof both);
   }
@@ -63,65 +69,26 @@ using ComputeOf = typename ComputeFor<T>::type;
 
 // ---- Vectors ----
 
-inline Vec first_lanes(Vec v, int64_t n) {
-  if (n >= kLanes) return v;
-  Bits index;
-  for (int l = 0; l < kLanes; ++l) index[l] = uint32_t(l);
-  const Bits keep = (Bits)(index < uint32_t(n < 0 ? 0 : n));
-  Bits bits;
-  memcpy(&bits, &v, sizeof v);
-  bits &= keep;
-  memcpy(&v, &bits, sizeof v);
-  return v;
+// v in the first n lanes, n >= 0, and `rest` in the others.
+inline Vec first_lanes(Vec v, int64_t n, float rest = 0.f) {
+  Bits lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = uint32_t(l);
+  return lane < uint32_t(n) ? v : Vec{} + rest;
 }
 
-inline float sum_of(Vec v) {
-  float s[kLanes];
-  memcpy(s, &v, sizeof v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int l = 0; l < half; ++l) s[l] += s[l + half];
-  return s[0];
-}
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// The largest of start and x[0, n) * scale.
-inline float max_of(const float* x, int64_t n, float scale, float start) {
-  Vec top = Vec{} + start;
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    const Vec v = Wide::load(x + j) * scale;
-    top = v > top ? v : top;
-  }
-  float s[kLanes];
-  memcpy(s, &top, sizeof top);
-  for (; j < n; ++j) s[0] = x[j] * scale > s[0] ? x[j] * scale : s[0];
-  for (int l = 1; l < kLanes; ++l) s[0] = s[l] > s[0] ? s[l] : s[0];
-  return s[0];
-}
-
-inline Vec exponential(Vec x) {
-  const Vec low = Vec{} - 87.f;
-  const Vec c = x > low ? x : low;
-  const Vec t = c * 1.44269504f, magic = Vec{} + 12582912.f, n = (t + magic) - magic, f = c - n * 0.693359375f + n * 2.12194440e-4f;
-  Vec p = Vec{} + 1.9875691500e-4f;
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * f * f + f + 1.f;
-  const Vec k = t + magic;
-  Bits e;
-  memcpy(&e, &k, sizeof e);
-  e = (e + 127) << 23;
-  Vec two;
-  memcpy(&two, &e, sizeof e);
-  return x < low ? Vec{} : x == x ? p * two : x;
+// The largest lane.
+inline float largest(Vec v) {
+  Quad q[kLanes / 4];
+  memcpy(q, &v, sizeof q);
+  for (int half = kLanes / 8; half; half /= 2)
+    for (int i = 0; i < half; ++i) q[i] = q[i] > q[i + half] ? q[i] : q[i + half];
+  const float a = q[0][0] > q[0][1] ? q[0][0] : q[0][1], b = q[0][2] > q[0][3] ? q[0][2] : q[0][3];
+  return a > b ? a : b;
 }
 
 // ---- Packing ----
-
-inline float as_float(float x) { return x; }
-inline float as_float(uint16_t x) { return One::load(&x); }
 
 // Rows of D elements, one word after the other along the row: (rows, depth).
 template <typename E, typename T>
@@ -137,25 +104,68 @@ void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t D, uint32_t*
   }
 }
 
-template <typename E, typename T>
-uint32_t word(const T* row, int64_t w, int64_t D) {
-  uint32_t bits = 0;
-  if constexpr (E::unit == 1) {
-    const float f = as_float(row[w]);
-    memcpy(&bits, &f, sizeof bits);
-  } else {
-    bits = row[2 * w] | (2 * w + 1 < D ? uint32_t(row[2 * w + 1]) << 16 : 0);
+// One stage of transposing a square of words: exchanges the off-diagonal blocks of H x H in rows a and b = a + H.
+template <int... Lane>
+struct Lanes {
+  template <int H>
+  static void exchange(Bits& a, Bits& b) {
+    const Bits low = __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane - H : Lane)...);
+    b = __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane + H)...);
+    a = low;
   }
-  return bits;
+};
+#if defined(__AVX512F__)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif defined(__AVX2__)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using AllLanes = Lanes<0, 1, 2, 3>;
+#endif
+
+template <int H = kLanes / 2>
+inline __attribute__((always_inline)) void transpose(Bits (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & H)) AllLanes::exchange<H>(rows[i], rows[i + H]);
+  if constexpr (H > 1) transpose<H / 2>(rows);
+}
+
+// The words [w, w + kLanes) of a row of D elements, zeros behind its end.
+template <typename E, typename T>
+inline Bits row_words(const T* row, int64_t w, int64_t D) {
+  const T* from = row + w * E::unit;
+  const int64_t n = D - w * E::unit;
+  T rest[kLanes * E::unit];
+  if (n < kLanes * E::unit) {
+    memset(rest, 0, sizeof rest);
+    memcpy(rest, from, size_t(n) * sizeof(T));
+    from = rest;
+  }
+  Bits words;
+  if constexpr (E::unit == 1) {
+    const Vec v = Wide::load(from);
+    memcpy(&words, &v, sizeof v);
+  } else {
+    memcpy(&words, from, sizeof words);
+  }
+  return words;
 }
 
 // Panels of kPanel rows, a word of each after the other: (panels, depth, kPanel).
 template <typename E, typename T>
 void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t D, uint32_t* to) {
   const int64_t depth = round_up(D, E::unit) / E::unit;
-  for (int64_t r0 = 0; r0 < rows; r0 += kPanel, to += kPanel * depth)
-    for (int64_t w = 0; w < depth; ++w)
-      for (int64_t r = 0; r < kPanel; ++r) to[w * kPanel + r] = r0 + r < rows ? word<E>(from + (r0 + r) * stride, w, D) : 0;
+  for (int64_t panel = 0; panel < rows; panel += kPanel, to += kPanel * depth)
+    for (int64_t part = 0; part < kPanel; part += kLanes)
+      for (int64_t w = 0; w < depth; w += kLanes) {
+        const int64_t r0 = panel + part;
+        Bits square[kLanes];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kLanes; ++r)
+          square[r] = r0 + r < rows ? row_words<E>(from + (r0 + r) * stride, w, D) : Bits{};
+        transpose(square);
+        for (int64_t i = 0; i < kLanes && w + i < depth; ++i) memcpy(to + (w + i) * kPanel + part, &square[i], sizeof(Bits));
+      }
 }
 
 // Rows, or pairs of rows: (rows / unit, D in whole vectors).
@@ -186,11 +196,14 @@ void pack_natural(const T* from, int64_t stride, int64_t rows, int64_t D, uint32
 template <typename E, int Rows, int Vecs>
 void tile_of(int64_t depth, const uint32_t* a, int64_t row_step, int64_t k_step, const uint32_t* b, int64_t b_step,
              float* c, int64_t c_step, bool add) {
-  Vec sum[Rows][Vecs];
+  Vec sum[Rows][Vecs] = {};
+  if (add) {
+    const float* from = c;
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
+    for (int i = 0; i < Rows; ++i, from += c_step)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vecs; ++j) sum[i][j] = add ? Wide::load(c + i * c_step + j * kLanes) : Vec{};
+      for (int j = 0; j < Vecs; ++j) sum[i][j] = Wide::load(from + j * kLanes);
+  }
   for (int64_t k = 0; k < depth; ++k, a += k_step, b += b_step) {
     Vec bk[Vecs];
 #pragma GCC unroll 4
@@ -201,9 +214,9 @@ void tile_of(int64_t depth, const uint32_t* a, int64_t row_step, int64_t k_step,
       for (int j = 0; j < Vecs; ++j) sum[i][j] = E::fma(sum[i][j], a[i * row_step], bk[j]);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i)
+  for (int i = 0; i < Rows; ++i, c += c_step)
 #pragma GCC unroll 4
-    for (int j = 0; j < Vecs; ++j) Wide::store(c + i * c_step + j * kLanes, sum[i][j]);
+    for (int j = 0; j < Vecs; ++j) Wide::store(c + j * kLanes, sum[i][j]);
 }
 
 // C (rows, vecs vectors) (+)= A B over `depth` words.
