@@ -3,28 +3,19 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <memory>
 
+#include "cpu/scratch.h"
 #include "stable.h"
 
 namespace llmfast::cpu {
 namespace {
 
-// Parts per thread, so that none waits long for the last one: the later queries see more keys.
+// Parts of the heads per thread: so none waits long for the last one, since the later queries see more keys.
 constexpr int64_t kPartsPerThread = 4;
 
-// Memory of one thread, which grows only.
-void* scratch(int64_t words) {
-  constexpr int64_t alignment = 64 / 4;
-  static thread_local std::unique_ptr<uint32_t[]> memory;
-  static thread_local int64_t size = 0;
-  if (size < words + alignment) {
-    memory.reset();
-    memory.reset(new uint32_t[words + alignment]);
-    size = words + alignment;
-  }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+uint32_t* scratch(int64_t words) {
+  thread_local Scratch memory;
+  return memory.get<uint32_t>(words);
 }
 
 // f(i) for i in [0, n), each by the first thread that is free.
@@ -37,11 +28,22 @@ void for_parts(int64_t n, F f) {
   });
 }
 
-// How many parts a head's T rows are cut into, in multiples of `block`; whatever it is, the bits stay the same.
-int64_t parts_of_head(const Attention& a, int64_t T, int64_t block) {
+struct Range {
+  int64_t begin, end;
+};
+
+// T rows of a head in `parts` parts of `step` rows.
+struct Cut {
+  int64_t T, step, parts;
+  Range range(int64_t i) const { return {i * step, std::min((i + 1) * step, T)}; }
+};
+
+// Cuts the T rows of a head where heads are few, between blocks: so the bits stay the same.
+Cut cut(const Attention& a, int64_t T, int64_t block) {
   const int64_t threads = torch::stable::get_num_threads(), heads = a.B * a.H;
-  if (threads == 1 || heads >= kPartsPerThread * threads) return 1;
-  return std::min((T + block - 1) / block, (kPartsPerThread * threads + heads - 1) / heads);
+  const int64_t wanted = threads == 1 ? 1 : std::max<int64_t>(1, kPartsPerThread * threads / heads);
+  const int64_t blocks = (T + block - 1) / block, step = std::max<int64_t>(1, (blocks + wanted - 1) / wanted) * block;
+  return {T, step, (T + step - 1) / step};
 }
 
 }  // namespace
@@ -49,22 +51,40 @@ int64_t parts_of_head(const Attention& a, int64_t T, int64_t block) {
 void attention_forward(const Attention& a, Heads q, Heads k, Heads v, MutableHeads out, float* lse) {
   if (a.B * a.H * a.Tq == 0) return;
   const auto& kernels = a.dtype == Dtype::bf16 ? LLMFAST_SIMD(attention).bf16 : LLMFAST_SIMD(attention).f32;
-  const int64_t parts = parts_of_head(a, a.Tq, kQueryBlock);
-  const int64_t step = (a.Tq + parts * kQueryBlock - 1) / (parts * kQueryBlock) * kQueryBlock;
-  for_parts(a.B * a.H * parts, [&](int64_t i) {
-    const int64_t bh = i % (a.B * a.H), q0 = (parts - 1 - i / (a.B * a.H)) * step;  // the long ones first
-    if (q0 >= a.Tq) return;
-    const AttentionPart part{bh / a.H, bh % a.H, q0, std::min(q0 + step, a.Tq), 0, a.Tk};
-    kernels.forward(a, part, q, k, v, out, lse, scratch(kernels.forward_words(a, a.Tk)));
+  const int64_t heads = a.B * a.H, words = kernels.forward_words(a, a.Tk);
+  const Cut queries = cut(a, a.Tq, kQueryBlock);
+  for_parts(heads * queries.parts, [&](int64_t i) {
+    const int64_t bh = i % heads;
+    const Range rows = queries.range(queries.parts - 1 - i / heads);  // the long ones first
+    const AttentionPart part{bh / a.H, bh % a.H, rows.begin, rows.end, 0, a.Tk};
+    kernels.forward(a, part, q, k, v, out, lse, scratch(words));
   });
 }
 
 void attention_backward(const Attention& a, Heads q, Heads k, Heads v, Heads out, Heads dout, const float* lse,
                         MutableHeads dq, MutableHeads dk, MutableHeads dv) {
+  if (a.B * a.H == 0) return;
   const auto& kernels = a.dtype == Dtype::bf16 ? LLMFAST_SIMD(attention).bf16 : LLMFAST_SIMD(attention).f32;
-  for_parts(a.B * a.H, [&](int64_t bh) {
-    const AttentionPart part{bh / a.H, bh % a.H, 0, a.Tq, 0, a.Tk};
-    kernels.backward(a, part, q, k, v, out, dout, lse, dq, dk, dv, scratch(kernels.backward_words(a, a.Tq)));
+  const int64_t heads = a.B * a.H, words = kernels.backward_words(a, a.Tq);
+  const auto part = [&](int64_t bh, Range queries, Range keys, bool want_dq, bool want_dkv) {
+    const AttentionPart p{bh / a.H, bh % a.H, queries.begin, queries.end, keys.begin, keys.end};
+    const MutableHeads none{nullptr, 0, 0, 0};
+    kernels.backward(a, p, q, k, v, out, dout, lse, want_dq ? dq : none, want_dkv ? dk : none, want_dkv ? dv : none,
+                     scratch(words));
+  };
+  const Range all_queries{0, a.Tq}, all_keys{0, a.Tk};
+  if (heads >= int64_t(torch::stable::get_num_threads())) {
+    for_parts(heads, [&](int64_t bh) { part(bh, all_queries, all_keys, true, true); });
+    return;
+  }
+  // Too few heads to go round: dq by blocks of queries and dk, dv by blocks of keys, though both need P and dS.
+  const Cut queries = cut(a, a.Tq, kQueryBlock), keys = cut(a, a.Tk, kKeyBlock);
+  for_parts(heads * (queries.parts + keys.parts), [&](int64_t i) {
+    const int64_t bh = i % heads, n = i / heads;
+    if (n < queries.parts)
+      part(bh, queries.range(queries.parts - 1 - n), all_keys, true, false);
+    else
+      part(bh, all_queries, keys.range(n - queries.parts), false, true);
   });
 }
 

@@ -48,6 +48,7 @@ struct Arguments {
             const std::optional<Tensor>& doc_ids_in)
       : q(dense_rows(q_in)), k(dense_rows(k_in)), v(dense_rows(v_in)) {
     STD_TORCH_CHECK(q.dim() == 4, "q must be (B, H, T, D)");
+    STD_TORCH_CHECK(q.size(3) > 0, "q must have heads of at least one element");
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::Float || q.scalar_type() == ScalarType::BFloat16,
                     "q must be float32 or bfloat16 on a CPU, got ", torch::headeronly::toString(q.scalar_type()));
     STD_TORCH_CHECK(k.dim() == 4 && k.size(0) == q.size(0) && k.size(1) == q.size(1) && k.size(3) == q.size(3),

@@ -120,7 +120,7 @@ def _tolerance(dtype):
 def test_opcheck_of_the_native_attention(dtype, masks):
     q, k, v = (torch.randn(2, 3, T, 8).to(dtype).requires_grad_() for T in (5, 7, 7))
     rest = (torch.tensor([4, 7]), torch.arange(14).view(2, 7) // 3) if masks else (None, None)
-    options = (0.3, 0.0, None, *rest)
+    options = (0.3, 0.2 if masks else 0.0, torch.tensor(5) if masks else None, *rest)
     raw = torch.ops.llmfast
     torch.library.opcheck(raw.causal_attention_fwd.default, (q, k, v, *options), **_tolerance(dtype))
     q, k, v = (t.detach() for t in (q, k, v))

@@ -2,8 +2,7 @@
 //   forward:  S = scale Q K^T over a block of queries and one of keys, P = exp(S - max), out = sum P V / sum P,
 //             lse = max + log(sum P); a later block of keys rescales what the earlier ones gave
 //   backward: P = exp(S - lse), dP = dO V^T, dS = scale P (dP - rowsum(dO out)), dV = P^T dO, dQ = dS K, dK = dS^T Q
-// Products take packed operands of 32-bit words: floats, or pairs of bfloat16 that are neighbours along the sum where the CPU
-// multiplies those. A tile of kTileRows queries computes no more keys than its last query sees.
+// Products take operands in the units of tile.h. A tile of kTileRows queries computes no more keys than its last query sees.
 #include "cpu/attention.h"
 
 #include <float.h>
@@ -33,7 +32,7 @@ int64_t key_end(const Attention& a, int64_t b, int64_t i) {
 }
 
 // Scratch, handed out from the front; every piece is a multiple of 64 bytes.
-struct Scratch {
+struct Arena {
   uint32_t* next;
   uint32_t* words(int64_t n) {
     uint32_t* p = next;
@@ -43,19 +42,26 @@ struct Scratch {
   float* floats(int64_t n) { return reinterpret_cast<float*>(words(n)); }
 };
 
-// The words that a block of rows takes, for E (Floats or Pairs).
-template <typename E>
+// The words that a block of rows takes, in units of Unit.
+template <typename Unit>
 struct Sizes {
   int64_t depth;  // words of a row of D elements along a sum
   int64_t width;  // words of a row of D elements across the sum: whole vectors
-  explicit Sizes(const Attention& a) : depth(round_up(a.D, E::unit) / E::unit), width(round_up(a.D, kLanes)) {}
+  explicit Sizes(const Attention& a) : depth(ceil_div(a.D, Unit::depth)), width(round_up(a.D, kLanes)) {}
   int64_t transposed(int64_t rows) const { return round_up(rows, kPanel) * depth; }
-  int64_t natural(int64_t rows) const { return round_up(rows, E::unit) / E::unit * width; }
+  int64_t natural(int64_t rows) const { return ceil_div(rows, Unit::depth) * width; }
 };
 
 // A row of scores: a block of keys and the zeros behind them.
 constexpr int64_t kScores = kKeyBlock + kPanel;
 constexpr int64_t kScoreBlock = kQueryBlock * kScores;
+
+// The transpose of rows of D elements, in panels of kPanel of them.
+template <typename Unit, typename T>
+void pack_panels(const T* from, int64_t stride, int64_t rows, int64_t D, uint32_t* to) {
+  for (int64_t r = 0; r < rows; r += kPanel, to += kPanel * ceil_div(D, Unit::depth))
+    pack_transposed<Unit>(from + r * stride, stride, rows - r, D, kPanel, to);
+}
 
 // Scores of other documents become -inf, the others are scaled.
 void hide_documents(float* s, int64_t n, const int64_t* keys, int64_t own, float scale) {
@@ -63,26 +69,25 @@ void hide_documents(float* s, int64_t n, const int64_t* keys, int64_t own, float
 }
 
 // S (rows, columns) = A B^T for the causal part alone: tile of rows m computes `seen(last row of it)` columns.
-template <typename E, typename Seen>
+template <typename Unit, typename Seen>
 void score_tiles(int64_t rows, int64_t columns, int64_t depth, const uint32_t* a, const uint32_t* panels, float* s,
                  Seen seen) {
   for (int64_t p = 0; p < columns; p += kPanel)
     for (int64_t m = 0; m < rows; m += kTileRows) {
-      const int64_t mr = rows - m < kTileRows ? rows - m : kTileRows, n = seen(m + mr - 1) - p;
+      const int64_t mr = smaller(kTileRows, rows - m), n = seen(m + mr - 1) - p;
       if (n <= 0) continue;
-      tile<E>(mr, n >= kPanel ? kTileVecs : (n + kLanes - 1) / kLanes, depth, a + m * depth, depth, 1, panels + p * depth,
-              kPanel, s + m * kScores + p, kScores, false);
+      FloatTiles<Unit>::of(mr, smaller(kTileVecs, ceil_div(n, kLanes)))(
+          depth, a + m * depth, depth, 1, panels + p * depth, kPanel, s + m * kScores + p, kScores, false);
     }
 }
 
 // C (mr, width) (+)= A B of one tile of rows, A[i][k] at a[i * row_step + k * k_step].
-template <typename E>
+template <typename Unit>
 void row_tile(int64_t mr, int64_t width, int64_t k, const uint32_t* a, int64_t row_step, int64_t k_step,
               const uint32_t* b, float* c, bool add) {
-  for (int64_t p = 0; p < width; p += kPanel) {
-    const int64_t left = (width - p) / kLanes;
-    tile<E>(mr, left < kTileVecs ? left : kTileVecs, k, a, row_step, k_step, b + p, width, c + p, width, add);
-  }
+  for (int64_t p = 0; p < width; p += kPanel)
+    FloatTiles<Unit>::of(mr, smaller(kTileVecs, (width - p) / kLanes))(k, a, row_step, k_step, b + p, width, c + p, width,
+                                                                       add);
 }
 
 template <typename T>
@@ -94,10 +99,10 @@ void convert_row(const float* x, float factor, T* y, int64_t n) {
 
 // One row of scores s[0, n) becomes its part of P, as elements of E's type, followed by zeros; top and sum go on. Returns the
 // factor of what earlier blocks of keys gave.
-template <typename E>
+template <typename Unit>
 float softmax_row(float* s, int64_t n, float scale, float* top, float* sum, const Dropout& dropout, int64_t mask_row,
                   int64_t key0) {
-  auto* p = reinterpret_cast<typename E::Element*>(s);
+  auto* p = reinterpret_cast<ElementOf<Unit>*>(s);
   const float before = *top;
   float rescale = 1.f;
   if (n > 0) {
@@ -110,12 +115,12 @@ float softmax_row(float* s, int64_t n, float scale, float* top, float* sum, cons
     for (int64_t j = 0; j < full; j += kLanes) {
       const Vec e = exp_any(Wide::load(s + j) * scale - now);
       total += e;
-      E::store(p + j, e);
+      Wide::store(p + j, e);
     }
     if (full < n) {
       const Vec e = first_lanes(exp_any(Wide::load(s + full) * scale - now), n - full);
       total += e;
-      E::store(p + full, e);
+      Wide::store(p + full, e);
     }
     if (before != now) rescale = before == -FLT_MAX ? 0.f : exp_any(before - now);
     *sum = *sum * rescale + across(total);
@@ -125,16 +130,16 @@ float softmax_row(float* s, int64_t n, float scale, float* top, float* sum, cons
         lanes.store(p + i - key0, lanes.load(p + i - key0) * factor);
       });
   }
-  for (int64_t j = round_up(n, kLanes); j < n + kTileRows; j += kLanes) E::store(p + j, Vec{});
+  for (int64_t j = round_up(n, kLanes); j < n + kTileRows; j += kLanes) Wide::store(p + j, Vec{});
   return rescale;
 }
 
 template <typename T>
 void forward(const Attention& a, const AttentionPart& part, Heads q, Heads k, Heads v, MutableHeads out, float* lse,
              void* scratch) {
-  using E = ComputeOf<T>;
-  const Sizes<E> size(a);
-  Scratch memory{static_cast<uint32_t*>(scratch)};
+  using Unit = typename UnitFor<T>::type;
+  const Sizes<Unit> size(a);
+  Arena memory{static_cast<uint32_t*>(scratch)};
   const int64_t b = part.b, all = key_end(a, b, part.q1 - 1);
   uint32_t* keys = memory.words(size.transposed(all));
   uint32_t* values = memory.words(size.natural(all));
@@ -143,20 +148,20 @@ void forward(const Attention& a, const AttentionPart& part, Heads q, Heads k, He
   float* y = memory.floats(kQueryBlock * size.width);
   float top[kQueryBlock], sum[kQueryBlock];
   if (all) {
-    pack_transposed<E>(row<T>(k, part, 0), k.row, all, a.D, keys);
-    pack_natural<E>(row<T>(v, part, 0), v.row, all, a.D, values);
+    pack_panels<Unit>(row<T>(k, part, 0), k.row, all, a.D, keys);
+    pack_rows<Unit>(row<T>(v, part, 0), v.row, a.D, all, size.width, values);
   }
   const int64_t bh = b * a.H + part.h;
 
   for (int64_t i0 = part.q0; i0 < part.q1; i0 += kQueryBlock) {
-    const int64_t rows = part.q1 - i0 < kQueryBlock ? part.q1 - i0 : kQueryBlock, end = key_end(a, b, i0 + rows - 1);
-    copy_rows<E>(row<T>(q, part, i0), q.row, rows, a.D, queries);
+    const int64_t rows = smaller(kQueryBlock, part.q1 - i0), end = key_end(a, b, i0 + rows - 1);
+    copy_rows<Unit>(row<T>(q, part, i0), q.row, rows, a.D, queries);
     for (int64_t r = 0; r < rows; ++r) top[r] = -FLT_MAX, sum[r] = 0.f;
     for (int64_t i = 0; i < rows * size.width; ++i) y[i] = 0.f;
     for (int64_t j0 = 0; j0 < end; j0 += kKeyBlock) {
-      const int64_t columns = end - j0 < kKeyBlock ? end - j0 : kKeyBlock;
+      const int64_t columns = smaller(kKeyBlock, end - j0);
       const auto seen = [&](int64_t r) { return clamp(key_end(a, b, i0 + r) - j0, 0, columns); };
-      score_tiles<E>(rows, columns, size.depth, queries, keys + j0 * size.depth, scores, seen);
+      score_tiles<Unit>(rows, columns, size.depth, queries, keys + j0 * size.depth, scores, seen);
       for (int64_t r = 0; r < rows; ++r) {
         float* s = scores + r * kScores;
         float scale = a.scale;
@@ -166,14 +171,14 @@ void forward(const Attention& a, const AttentionPart& part, Heads q, Heads k, He
           scale = 1.f;
         }
         const float rescale =
-            softmax_row<E>(s, seen(r), scale, top + r, sum + r, a.dropout, attention_row(bh, i0 + r), j0);
+            softmax_row<Unit>(s, seen(r), scale, top + r, sum + r, a.dropout, attention_row(bh, i0 + r), j0);
         if (j0 && rescale != 1.f) convert_row(y + r * size.width, rescale, y + r * size.width, size.width);
       }
       for (int64_t m = 0; m < rows; m += kTileRows) {
-        const int64_t mr = rows - m < kTileRows ? rows - m : kTileRows;
-        const int64_t depth = round_up(seen(m + mr - 1), E::unit) / E::unit;
-        row_tile<E>(mr, size.width, depth, reinterpret_cast<uint32_t*>(scores) + m * kScores, kScores, 1,
-                    values + j0 / E::unit * size.width, y + m * size.width, true);
+        const int64_t mr = smaller(kTileRows, rows - m);
+        const int64_t depth = ceil_div(seen(m + mr - 1), Unit::depth);
+        row_tile<Unit>(mr, size.width, depth, reinterpret_cast<uint32_t*>(scores) + m * kScores, kScores, 1,
+                    values + j0 / Unit::depth * size.width, y + m * size.width, true);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -193,17 +198,17 @@ struct Block {
   int64_t seen(int64_t r) const { return clamp(key_end(a, part.b, i0 + r) - j0, 0, columns); }
 };
 
-// Rows r and r + 1 of S and dP become P and dS: as pairs of the two rows, or each in its own (see E::unit); and dS once more,
+// Rows r and r + 1 of S and dP become P and dS: as pairs of the two rows, or each in its own (see Unit::depth); and dS once more,
 // row by row, in `by_row`. Zeros follow.
-template <typename E>
-void gradient_rows(const Block& block, int64_t r, float* s, float* dp, typename E::Element* by_row, const float* lse,
+template <typename Unit>
+void gradient_rows(const Block& block, int64_t r, float* s, float* dp, ElementOf<Unit>* by_row, const float* lse,
                    const float* delta) {
   const Attention& a = block.a;
-  int64_t n[E::unit];
+  int64_t n[Unit::depth];
   float scale = a.scale;
-  float factors[E::unit][kScores];
+  float factors[Unit::depth][kScores];
   const int64_t* ids = a.doc_ids ? a.doc_ids + block.part.b * a.Tk : nullptr;
-  for (int u = 0; u < E::unit; ++u) {
+  for (int u = 0; u < Unit::depth; ++u) {
     n[u] = r + u < block.rows ? block.seen(r + u) : 0;
     if (ids && n[u]) hide_documents(s + u * kScores, n[u], ids + block.j0, ids[block.i0 + r + u + a.Tk - a.Tq], a.scale);
     const int64_t mask_row = attention_row(block.part.b * a.H + block.part.h, block.i0 + r + u);
@@ -213,10 +218,10 @@ void gradient_rows(const Block& block, int64_t r, float* s, float* dp, typename 
       });
   }
   if (ids) scale = 1.f;
-  const int64_t last = n[E::unit - 1] > n[0] ? n[E::unit - 1] : n[0];
+  const int64_t last = n[Unit::depth - 1] > n[0] ? n[Unit::depth - 1] : n[0];
   for (int64_t j = 0; j < last + kTileRows; j += kLanes) {
-    Vec p[E::unit], ds[E::unit];
-    for (int u = 0; u < E::unit; ++u) {
+    Vec p[Unit::depth], ds[Unit::depth];
+    for (int u = 0; u < Unit::depth; ++u) {
       p[u] = ds[u] = Vec{};
       if (j >= n[u]) continue;
       Vec e = exp_any(Wide::load(s + u * kScores + j) * scale - lse[r + u]), g = Wide::load(dp + u * kScores + j);
@@ -229,24 +234,24 @@ void gradient_rows(const Block& block, int64_t r, float* s, float* dp, typename 
       p[u] = first_lanes(dropped, n[u] - j);
       ds[u] = first_lanes(e * (g - delta[r + u]) * a.scale, n[u] - j);
     }
-    E::store_rows(s + j, p);
-    E::store_rows(dp + j, ds);
-    for (int u = 0; u < E::unit; ++u) E::store(by_row + u * kScores + j, ds[u]);
+    store_unit<Unit>(s + j, p);
+    store_unit<Unit>(dp + j, ds);
+    for (int u = 0; u < Unit::depth; ++u) Wide::store(by_row + u * kScores + j, ds[u]);
   }
 }
 
 template <typename T>
 void backward(const Attention& a, const AttentionPart& part, Heads q, Heads k, Heads v, Heads out, Heads dout,
               const float* lse, MutableHeads dq, MutableHeads dk, MutableHeads dv, void* scratch) {
-  using E = ComputeOf<T>;
-  const Sizes<E> size(a);
-  Scratch memory{static_cast<uint32_t*>(scratch)};
+  using Unit = typename UnitFor<T>::type;
+  const Sizes<Unit> size(a);
+  Arena memory{static_cast<uint32_t*>(scratch)};
   uint32_t *keys_t = memory.words(size.transposed(kKeyBlock)), *values_t = memory.words(size.transposed(kKeyBlock));
   uint32_t* keys = memory.words(size.natural(kKeyBlock));
   uint32_t *queries = memory.words(kQueryBlock * size.depth), *douts = memory.words(kQueryBlock * size.depth);
   uint32_t *queries_n = memory.words(size.natural(kQueryBlock)), *douts_n = memory.words(size.natural(kQueryBlock));
   float *s = memory.floats(kScoreBlock), *dp = memory.floats(kScoreBlock);
-  auto* ds = reinterpret_cast<typename E::Element*>(memory.words(kScoreBlock));
+  auto* ds = reinterpret_cast<ElementOf<Unit>*>(memory.words(kScoreBlock));
   float *dk_sum = memory.floats((kKeyBlock + kTileRows) * size.width);
   float *dv_sum = memory.floats((kKeyBlock + kTileRows) * size.width);
   const int64_t all = part.q1 - part.q0;
@@ -263,42 +268,42 @@ void backward(const Attention& a, const AttentionPart& part, Heads q, Heads k, H
     for (int64_t i = 0; i < all * size.width; ++i) dq_sum[i] = 0.f;
 
   for (int64_t j0 = part.k0; j0 < part.k1; j0 += kKeyBlock) {
-    const int64_t columns = part.k1 - j0 < kKeyBlock ? part.k1 - j0 : kKeyBlock;
-    pack_transposed<E>(row<T>(k, part, j0), k.row, columns, a.D, keys_t);
-    pack_transposed<E>(row<T>(v, part, j0), v.row, columns, a.D, values_t);
-    if (dq.data) pack_natural<E>(row<T>(k, part, j0), k.row, columns, a.D, keys);
+    const int64_t columns = smaller(kKeyBlock, part.k1 - j0);
+    pack_panels<Unit>(row<T>(k, part, j0), k.row, columns, a.D, keys_t);
+    pack_panels<Unit>(row<T>(v, part, j0), v.row, columns, a.D, values_t);
+    if (dq.data) pack_rows<Unit>(row<T>(k, part, j0), k.row, a.D, columns, size.width, keys);
     for (int64_t i = 0; i < columns * size.width; ++i) dk_sum[i] = dv_sum[i] = 0.f;
     for (int64_t i0 = part.q0; i0 < part.q1; i0 += kQueryBlock) {
-      const Block block{a, part, i0, part.q1 - i0 < kQueryBlock ? part.q1 - i0 : kQueryBlock, j0, columns};
+      const Block block{a, part, i0, smaller(kQueryBlock, part.q1 - i0), j0, columns};
       const int64_t rows = block.rows, most = block.seen(rows - 1);
       if (!most) continue;
-      copy_rows<E>(row<T>(q, part, i0), q.row, rows, a.D, queries);
-      copy_rows<E>(row<T>(dout, part, i0), dout.row, rows, a.D, douts);
+      copy_rows<Unit>(row<T>(q, part, i0), q.row, rows, a.D, queries);
+      copy_rows<Unit>(row<T>(dout, part, i0), dout.row, rows, a.D, douts);
       const auto seen = [&](int64_t r) { return block.seen(r); };
-      score_tiles<E>(rows, most, size.depth, queries, keys_t, s, seen);
-      score_tiles<E>(rows, most, size.depth, douts, values_t, dp, seen);
-      for (int64_t r = 0; r < rows; r += E::unit)
-        gradient_rows<E>(block, r, s + r * kScores, dp + r * kScores, ds + r * kScores, lse_rows + i0,
+      score_tiles<Unit>(rows, most, size.depth, queries, keys_t, s, seen);
+      score_tiles<Unit>(rows, most, size.depth, douts, values_t, dp, seen);
+      for (int64_t r = 0; r < rows; r += Unit::depth)
+        gradient_rows<Unit>(block, r, s + r * kScores, dp + r * kScores, ds + r * kScores, lse_rows + i0,
                          delta + i0 - part.q0);
       if (dq.data)
         for (int64_t m = 0; m < rows; m += kTileRows) {
-          const int64_t mr = rows - m < kTileRows ? rows - m : kTileRows;
-          row_tile<E>(mr, size.width, round_up(seen(m + mr - 1), E::unit) / E::unit,
-                      reinterpret_cast<uint32_t*>(ds) + m * kScores / E::unit, kScores / E::unit, 1, keys,
+          const int64_t mr = smaller(kTileRows, rows - m);
+          row_tile<Unit>(mr, size.width, ceil_div(seen(m + mr - 1), Unit::depth),
+                      reinterpret_cast<uint32_t*>(ds) + m * kScores / Unit::depth, kScores / Unit::depth, 1, keys,
                       dq_sum + (i0 - part.q0 + m) * size.width, true);
         }
       if (!dk.data) continue;
-      pack_natural<E>(row<T>(q, part, i0), q.row, rows, a.D, queries_n);
-      pack_natural<E>(row<T>(dout, part, i0), dout.row, rows, a.D, douts_n);
+      pack_rows<Unit>(row<T>(q, part, i0), q.row, a.D, rows, size.width, queries_n);
+      pack_rows<Unit>(row<T>(dout, part, i0), dout.row, a.D, rows, size.width, douts_n);
       for (int64_t c = 0; c < most; c += kTileRows) {
-        const int64_t mr = columns - c < kTileRows ? columns - c : kTileRows;
+        const int64_t mr = smaller(kTileRows, columns - c);
         // Only the queries from the first on that sees key c, pair by pair.
-        const int64_t first = clamp(j0 + c - (a.Tk - a.Tq) - i0, 0, rows) / E::unit, step = kScores * E::unit;
-        const int64_t depth = round_up(rows, E::unit) / E::unit - first;
+        const int64_t first = clamp(j0 + c - (a.Tk - a.Tq) - i0, 0, rows) / Unit::depth, step = kScores * Unit::depth;
+        const int64_t depth = ceil_div(rows, Unit::depth) - first;
         const auto transposed = [&](const float* x) { return reinterpret_cast<const uint32_t*>(x) + first * step + c; };
-        row_tile<E>(mr, size.width, depth, transposed(s), 1, step, douts_n + first * size.width,
+        row_tile<Unit>(mr, size.width, depth, transposed(s), 1, step, douts_n + first * size.width,
                     dv_sum + c * size.width, true);
-        row_tile<E>(mr, size.width, depth, transposed(dp), 1, step, queries_n + first * size.width,
+        row_tile<Unit>(mr, size.width, depth, transposed(dp), 1, step, queries_n + first * size.width,
                     dk_sum + c * size.width, true);
       }
     }
@@ -316,13 +321,13 @@ void backward(const Attention& a, const AttentionPart& part, Heads q, Heads k, H
 
 template <typename T>
 int64_t forward_words(const Attention& a, int64_t keys) {
-  const Sizes<ComputeOf<T>> size(a);
+  const Sizes<typename UnitFor<T>::type> size(a);
   return size.transposed(keys) + size.natural(keys) + kQueryBlock * (size.depth + size.width) + kScoreBlock + 5 * 16;
 }
 
 template <typename T>
 int64_t backward_words(const Attention& a, int64_t queries) {
-  const Sizes<ComputeOf<T>> size(a);
+  const Sizes<typename UnitFor<T>::type> size(a);
   return 2 * size.transposed(kKeyBlock) + size.natural(kKeyBlock) + 2 * kQueryBlock * size.depth +
          2 * size.natural(kQueryBlock) + 3 * kScoreBlock + 2 * (kKeyBlock + kTileRows) * size.width +
          queries * (size.width + 1) + 14 * 16;
