@@ -67,6 +67,16 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
       "lora_linear_bwd(Tensor dy, Tensor x, Tensor low, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling,"
       " float dropout_p, Tensor? seed, ScalarType dtype, int wanted)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dlora_A, Tensor dlora_B)");
+  // A model for decode_step, known by the number that this returns, until decode_release.
+  // weights: wte, its scales, wpe, ln_f weight, bias, head weight, scales, bias; then for each layer ln_1 weight, bias,
+  // c_attn weight, scales, bias, attn.c_proj likewise, ln_2 weight, bias, c_fc and mlp.c_proj likewise. An absent one is empty.
+  // Matrices are all float32, bfloat16 or int8 (with a float32 scale for each row), the others float32, but wpe bfloat16
+  // beside bfloat16 matrices. activation: 0 gelu_tanh, 1 gelu, 2 relu.
+  m.def("decode_prepare(Tensor[] weights, int n_head, float scale, float eps, int activation) -> int");
+  m.def("decode_release(int plan) -> ()");
+  // One more token in each of B rows, which hold lengths (B,): its keys and values are added to cache (L, 2, B, H, S, D).
+  // Returns float32 logits (B, V).
+  m.def("decode_step(int plan, int[] tokens, int[] lengths, Tensor(a!) cache) -> Tensor logits");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

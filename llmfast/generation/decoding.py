@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from llmfast.errors import UserError
+from llmfast.generation import native
 from llmfast.generation.sampling import Sampling, noise_generators
 from llmfast.nn import GPT, KVCache
+from llmfast.nn.int8 import Int8GPT
 
 
 @dataclass
@@ -83,7 +85,7 @@ def generate_ids(
             reader = CachedReader(model, rows, max_new_tokens) if use_cache else Reader(model)
             active = list(rows)
             while active:
-                logits = model.lm_head(reader.read(active))[:, :vocab_size]
+                logits = reader.read(active)[:, :vocab_size]
                 chosen = sampling.choose(logits, [row.noise for row in active])
                 # From the back, so that a dropped row's place is filled by one that is done with this step.
                 for place in reversed(range(len(active))):
@@ -119,17 +121,18 @@ class Reader:
         self.model = model
 
     def read(self, rows: list[Row]) -> Tensor:
-        """Hidden states (N, C) of the rows' last tokens."""
+        """Logits (N, V) of the rows' last tokens."""
         for row in rows:
             row.slide(self.model.config.block_size)
-        return self._read_windows([row.window for row in rows], None)
+        return self.model.lm_head(self._read_windows([row.window for row in rows], None))
 
     def drop(self, place: int) -> None:
         """Forget the row at ``place``; the last one takes its place."""
 
     def _read_windows(self, windows: list[list[int]], cache: KVCache | None) -> Tensor:
+        """Hidden states (N, C) of the windows' last tokens."""
         # Padding stands on the right, where no causal query of the window itself sees it.
-        width, device = max(map(len, windows)), self.model.lm_head.weight.device
+        width, device = max(map(len, windows)), self.model.transformer.wpe.weight.device
         idx = torch.tensor([w + [0] * (width - len(w)) for w in windows], device=device)
         last = torch.tensor([len(w) - 1 for w in windows], device=device)
         hidden = self.model.hidden_states(idx, cache=cache)
@@ -143,29 +146,37 @@ class CachedReader(Reader):
 
     def __init__(self, model: GPT, rows: list[Row], max_new_tokens: int) -> None:
         super().__init__(model)
-        weight = model.lm_head.weight
-        kind = weight.device.type
+        weight = model.transformer.wpe.weight
+        kind, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        elif isinstance(model, Int8GPT):
+            dtype = torch.bfloat16  # int8 weights are read so fast that float32 keys and values would cost as much
         self.cache = KVCache(
             model.config,
             len(rows),
             min(model.config.block_size, max(len(row.tokens) for row in rows) + max_new_tokens),
             device=weight.device,
-            dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype,
+            dtype=dtype,
         )
+        self.native = native.step_of(model, len(rows), max_new_tokens)
 
     def read(self, rows: list[Row]) -> Tensor:
         cache, block_size = self.cache, self.model.config.block_size
         read = [0 if row.slide(block_size) else n for row, n in zip(rows, cache.lengths, strict=True)]
         if not any(read):
             cache.set_lengths(read)
-            return self._read_windows([row.window for row in rows], cache)
+            return self.model.lm_head(self._read_windows([row.window for row in rows], cache))
         lengths = [len(row.tokens) - row.start - 1 for row in rows]
         for place, row in enumerate(rows):
             if read[place] < lengths[place]:  # it slid: its window is read again, up to the last token
                 self._read_windows([row.window[:-1]], cache.row(place))
         cache.set_lengths(lengths)
-        idx = torch.tensor([row.tokens[-1:] for row in rows], device=self.model.lm_head.weight.device)
-        return self.model.hidden_states(idx, cache=cache)[:, 0]
+        tokens = [row.tokens[-1] for row in rows]
+        if self.native is not None:
+            return self.native(tokens, cache)
+        idx = torch.tensor(tokens, device=cache.storage.device)[:, None]
+        return self.model.lm_head(self.model.hidden_states(idx, cache=cache)[:, 0])
 
     def drop(self, place: int) -> None:
         self.cache.drop(place)

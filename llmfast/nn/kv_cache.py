@@ -30,7 +30,7 @@ class LayerCache:
         else:  # one token a row, each at its own position
             rows, positions = self.at
             self.slots[:, rows, :, positions] = qkv[:, 0, 1:].to(self.slots.dtype)
-        return self.keys, self.values
+        return self.keys.to(qkv.dtype), self.values.to(qkv.dtype)
 
 
 class KVCache:
@@ -66,6 +66,11 @@ class KVCache:
     def lengths(self) -> list[int]:
         """Tokens in each row."""
         return list(self._lengths)
+
+    @property
+    def storage(self) -> Tensor:
+        """(L, 2, B, H, S, D): keys and values of each layer; the slots of a head lie one behind the other."""
+        return self._storage
 
     @property
     def batch_size(self) -> int:
