@@ -69,6 +69,9 @@ class ModelOptions:
         "auto", "kernels: auto, cuda, triton, cpp, torch, or per op: attention=triton,layer_norm=cuda"
     )
     threads: int | None = option(None, "CPU threads (default: one a core)")
+    quantize: Literal["int8"] | None = option(
+        None, "hold the weight matrices in int8, on a CPU: a quarter of the memory"
+    )
 
 
 @dataclass
@@ -114,18 +117,35 @@ class OpenModel:
 @contextmanager
 def open_model(options: ModelOptions, *, cast: bool) -> Iterator[OpenModel]:
     """The model of ``options.checkpoint`` and its kernels; ``cast`` turns its weights to the compute type, too."""
+    import torch
+
     from llmfast import ops
     from llmfast.checkpoint import find_checkpoint, load_model, load_tokenizer_of
     from llmfast.training.device import choose_device, choose_dtype
 
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    if options.quantize and (device.type, dtype) != ("cpu", torch.float32):
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"--quantize int8 runs on a CPU in float32, not on {device} in {kind}")
     check_backend(options.backend, device, dtype, loss=not cast)
     path = find_checkpoint(options.checkpoint)
     ops.tune_process(options.threads)
     with ops.use_backend(options.backend):
         model = load_model(path, device=device, dtype=dtype if cast else None)
+        if options.quantize:
+            model = _quantized(model)
+            ops.release_freed_memory()
         yield OpenModel(path, model, load_tokenizer_of(path), dtype)
+
+
+def _quantized(model: GPT) -> GPT:
+    from llmfast.nn.int8 import quantize_int8, weight_bytes
+
+    small = quantize_int8(model)
+    before, after = weight_bytes(model), weight_bytes(small)
+    note(f"int8 weights: {after / 1e6:,.1f} MB instead of {before / 1e6:,.1f} MB")
+    return small
 
 
 def check_backend(name: str, device: torch.device, dtype: torch.dtype, *, loss: bool) -> None:

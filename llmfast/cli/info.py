@@ -51,6 +51,11 @@ def render(facts: dict[str, Any]) -> str:
         "Matrix products on the CPU\n"
         + table([(f"  {dtype}", f"{route['route']}: {route['reason']}") for dtype, route in facts["matmul"].items()]),
     ]
+    decoding = facts["decoding"]
+    parts.append(
+        "Token steps of text generation on the CPU\n"
+        + table([(f"  {decoding['chosen']}", "; ".join(decoding["reasons"]) or "ours, a whole step in one call")])
+    )
     devices = [device["device"] for device in facts["devices"]]
     parts += [_ops(device, {name: op[device] for name, op in facts["ops"].items()}) for device in devices]
     return "\n\n".join(parts)

@@ -1,7 +1,7 @@
 """A token step of the whole model in one call: csrc/cpu/decode.cpp, for inference on the CPU.
 
-It reads every weight once, holds activations in float32, and costs no Python per layer. Where it cannot run, ``why_not``
-says so and the model's own forward pass is taken.
+It reads every weight once, holds activations in float32, and costs no Python per layer. Where it cannot run,
+``why_not`` says so and the model's own forward pass is taken.
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ from llmfast.ops import _library
 from llmfast.ops._registry import current_setting
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")  # as enum class Activation of csrc/cpu/activation.h
-KNOWN = {GPT, Int8GPT, Decoder, Block, CausalSelfAttention, MLP, LayerNorm, Linear, Embedding, Int8Linear, Int8Embedding}
+KNOWN = {
+    GPT,
+    Int8GPT,
+    Decoder,
+    Block,
+    CausalSelfAttention,
+    MLP,
+    LayerNorm,
+    Linear,
+    Embedding,
+    Int8Linear,
+    Int8Embedding,
+}
 MAX_ROWS = 8  # measured: beyond, the matrix products of the model's own forward pass are ahead
 MIN_FOR_HUGE_PAGES = 64  # tokens: below, moving the weights costs more than it saves
 _ABSENT = torch.empty(0)
@@ -75,6 +87,7 @@ class NativeStep:
         wte = decoder.wte
         self.weights = [*_matrix(wte)[:2], decoder.wpe.weight, *_norm(decoder.ln_f), *_matrix(head)]
         for block in decoder.h:
+            assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
             self.weights += [*_norm(block.ln_1), *_matrix(attn.c_attn), *_matrix(attn.c_proj)]
             self.weights += [*_norm(block.ln_2), *_matrix(mlp.c_fc), *_matrix(mlp.c_proj)]

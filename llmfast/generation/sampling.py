@@ -11,6 +11,8 @@ from torch import Tensor
 
 from llmfast.errors import UserError
 
+FEW = 256  # tokens that hold the top_p of most distributions; finding them is as fast as finding the likeliest 50
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,10 +46,12 @@ class Sampling:
         ids = None
         if self.top_k is not None and self.top_k < scores.shape[1]:
             scores, ids = scores.topk(self.top_k)
-        elif self.top_p is not None and self.top_p < 1.0:
-            scores, ids = scores.sort(descending=True)
         probabilities = scores.softmax(-1)
         if self.top_p is not None and self.top_p < 1.0:
+            if ids is None:
+                if len(noise) > 1:  # row by row, so that a text does not depend on its neighbours
+                    return [self.choose(row[None], [own])[0] for row, own in zip(logits, noise, strict=True)]
+                probabilities, ids = _likeliest(probabilities, self.top_p)
             before = probabilities.cumsum(-1) - probabilities
             before[:, 0] = 0.0  # the most likely token always stays
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
@@ -57,6 +61,16 @@ class Sampling:
         u = torch.cat([torch.rand(1, generator=g) for g in noise]).to(logits.device)
         chosen = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
         return (chosen if ids is None else ids.gather(1, chosen))[:, 0].tolist()
+
+
+def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Of one row (1, V): descending probabilities whose sum reaches ``mass``, and their ids."""
+    if probabilities.shape[1] > FEW:  # a sort of the vocabulary takes longer than a step of a small model
+        likely, ids = probabilities.topk(FEW)
+        if likely.cumsum(-1)[0, -1] >= mass:
+            return likely, ids
+    likely, ids = probabilities.sort(descending=True)
+    return likely, ids
 
 
 def noise_generators(prompts: Sequence[Sequence[int]], seed: int | None) -> list[torch.Generator]:

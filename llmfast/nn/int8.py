@@ -23,14 +23,14 @@ from llmfast.nn.layers import Embedding, Linear
 class Int8Matrix(nn.Module):
     """A matrix (N, K) as ``quantized`` int8 (N, K) and ``scale`` float32 (N,)."""
 
+    quantized: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         quantized, scale = quantize_rows(weight.detach())
         self.register_buffer("quantized", quantized)
         self.register_buffer("scale", scale)
-
-    quantized: Tensor
-    scale: Tensor
 
     @property
     def weight(self) -> Tensor:
@@ -68,7 +68,8 @@ class Int8GPT(GPT):
 
     def _tie(self) -> None:
         if self.config.tie_embeddings and isinstance(self.lm_head, Int8Linear):
-            self.lm_head.quantized, self.lm_head.scale = self.transformer.wte.quantized, self.transformer.wte.scale
+            wte: Int8Embedding = self.transformer.wte  # type: ignore[assignment]
+            self.lm_head.quantized, self.lm_head.scale = wte.quantized, wte.scale
 
     def num_parameters(self) -> int:
         matrices = {m.quantized.data_ptr(): m.quantized.numel() for m in self.modules() if isinstance(m, Int8Matrix)}

@@ -16,7 +16,7 @@ from llmfast.ops.linear_cross_entropy import linear_cross_entropy
 from llmfast.ops.lora_linear import lora_linear
 from llmfast.ops.matmul import linear, matmul_routing, set_matmul_routing
 from llmfast.ops.mlp import mlp
-from llmfast.ops.process import ProcessReport, tune_process
+from llmfast.ops.process import ProcessReport, release_freed_memory, tune_process
 
 __all__ = [
     "BackendError",
@@ -31,6 +31,7 @@ __all__ = [
     "lora_linear",
     "matmul_routing",
     "mlp",
+    "release_freed_memory",
     "set_matmul_routing",
     "tune_process",
     "use_backend",

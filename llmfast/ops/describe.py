@@ -17,7 +17,10 @@ def describe() -> dict[str, Any]:
 
     Measures the matrix-product routing if that is not yet decided (tens of milliseconds).
     """
+    from llmfast.generation import native  # which needs the ops itself
+
     why_not = _library.why_not_loaded()
+    against_native = native.why_not()
     return {
         "versions": {
             "llmfast": llmfast.__version__,
@@ -36,6 +39,7 @@ def describe() -> dict[str, Any]:
         },
         "library": {"loaded": why_not is None, "why_not": why_not, **_library.build_config()},
         "matmul": matmul.routing_report(),
+        "decoding": {"chosen": "torch" if against_native else "cpp", "reasons": against_native},
         "backend": str(current_setting()),
         "ops": {name: {str(device): _describe_op(op, device) for device in devices()} for name, op in OPS.items()},
     }

@@ -63,6 +63,12 @@ def _keep_pages() -> str:
     return "glibc keeps freed memory"
 
 
+def release_freed_memory() -> None:
+    """Give the memory that was freed back to the system, which a tuned allocator does not do by itself."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def allocator_state() -> str:
     """What ``tune_process`` did to the allocator, or that it has not run."""
     return _allocator or "not tuned (tune_process has not run)"

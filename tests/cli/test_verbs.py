@@ -163,6 +163,18 @@ def test_a_preset_s_padded_vocabulary_is_kept():
         assert f"{size:,} ids, " in notes[0]
 
 
+def test_int8_weights_are_an_option_of_every_verb_that_runs_a_model(home, say, tell, capsys):
+    options = ["--checkpoint", home / "run", "--quantize", "int8"]
+    assert say("generate", *options, "--max-new-tokens", 6, "--temperature", 0, "the").startswith("the")
+    assert len(say("chat", *options, "--max-new-tokens", 6, "--temperature", 0, input="the\n")) > 1
+    float32 = tell("evaluate", "--checkpoint", home / "run", "--data", home / "shards")["loss"]
+    int8 = tell("evaluate", *options, "--data", home / "shards")["loss"]
+    assert 0 < abs(int8 - float32) < 0.01
+    capsys.readouterr()
+    assert main(["generate", *map(str, options), "--dtype", "bfloat16", "the"]) == 2
+    assert "--quantize int8 runs on a CPU in float32, not on cpu in bfloat16" in capsys.readouterr().err
+
+
 def test_generate_writes_on_from_words_a_file_and_a_pipe(home, say, tell, tmp_path):
     words = ["generate", "--checkpoint", home / "run", "--max-new-tokens", 6, "--seed", 3]
     text = say(*words, "the cat")

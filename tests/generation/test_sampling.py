@@ -50,6 +50,16 @@ def test_draws_follow_the_distribution_filtered_by_hand(temperature, top_k, top_
     assert (deviation <= 5 * (count * expected * (1 - expected)).sqrt() + 1e-3).all()
 
 
+@pytest.mark.parametrize("spread", [0.5, 4.0])  # the nucleus is most of the vocabulary, or a few tokens
+def test_the_nucleus_of_a_large_vocabulary_is_the_one_of_a_full_sort(spread):
+    row = spread * torch.randn(5000, generator=torch.Generator().manual_seed(2))
+    ranked, ids = row.softmax(-1).sort(descending=True)
+    nucleus = set(ids[ranked.cumsum(-1) - ranked < 0.7].tolist())
+    chosen = set(draw(Sampling(top_p=0.7), row, 1000).nonzero()[:, 0].tolist())
+    assert chosen <= nucleus
+    assert len(chosen) > min(len(nucleus) // 2, 500)
+
+
 def test_temperature_0_takes_the_largest():
     assert Sampling(0.0).choose(logits(7), [None] * 7) == logits(7).argmax(-1).tolist()
 
