@@ -258,11 +258,19 @@ void backward(const Attention& a, const AttentionPart& part, Heads q, Heads k, H
   float* delta = memory.floats(all);
   float* dq_sum = memory.floats(dq.data ? all * size.width : 0);
   const float* lse_rows = lse + (part.b * a.H + part.h) * a.Tq;
-  for (int64_t r = 0; r < all; ++r) {
-    Sum<2> sum;
-    const T *y = row<T>(out, part, part.q0 + r), *dy = row<T>(dout, part, part.q0 + r);
-    for_row<2>(0, a.D, [&](auto lanes, int64_t i, int slot) { sum.add(slot, lanes.load(y + i) * lanes.load(dy + i)); });
-    delta[r] = sum.total();
+  // Element after element, as a tile sums dP: where one key has all the weight, dP - delta is then 0 and not a rounding error.
+  for (int64_t r = 0; r < all; r += kLanes) {
+    const int64_t n = smaller(kLanes, all - r);
+    pack_transposed<FloatUnit>(row<T>(out, part, part.q0 + r), out.row, n, a.D, kLanes, keys_t);
+    pack_transposed<FloatUnit>(row<T>(dout, part, part.q0 + r), dout.row, n, a.D, kLanes, values_t);
+    Vec sum = {};
+    for (int64_t d = 0; d < a.D; ++d) {
+      Bits y, dy;
+      memcpy(&y, keys_t + d * kLanes, sizeof y);
+      memcpy(&dy, values_t + d * kLanes, sizeof dy);
+      sum = FloatUnit::multiply_add(sum, y, dy);
+    }
+    Wide::store(delta + r, sum);
   }
   if (dq.data)
     for (int64_t i = 0; i < all * size.width; ++i) dq_sum[i] = 0.f;
