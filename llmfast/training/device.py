@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and not has_bfloat16:
         raise UserError(f"{torch.cuda.get_device_name(device)} has no bfloat16: use float16 or float32")
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def dtype_note(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What the user should know about training with ``dtype`` on ``device``."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    return "bfloat16 will not be faster than float32 here: this CPU has neither AVX512_BF16 nor AMX"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

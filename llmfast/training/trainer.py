@@ -19,7 +19,7 @@ from llmfast import ops
 from llmfast.checkpoint import read_pointer, save_checkpoint
 from llmfast.config import TrainConfig
 from llmfast.errors import UserError
-from llmfast.training.device import choose_device, choose_dtype, flops_per_token, peak_flops
+from llmfast.training.device import choose_device, choose_dtype, dtype_note, flops_per_token, peak_flops
 from llmfast.training.diagnose import first_bad
 from llmfast.training.errors import NotFiniteError, TrainingError, is_out_of_memory
 from llmfast.training.feed import EvalBatches, training_batches
@@ -178,8 +178,9 @@ class Trainer:
         train_loss = None
         stopping = False
         with Report(run.path, done=done.step, total=config.max_steps, progress=self.progress) as report:
-            for note in notes:
-                report.say(note)
+            for note in (*notes, dtype_note(self.device, self.dtype)):
+                if note:
+                    report.say(note)
             while done.step < config.max_steps and not stopping:
                 lr = learning_rate_at(done.step, config, config.max_steps)
                 for group in optimizer.param_groups:

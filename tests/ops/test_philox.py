@@ -99,3 +99,57 @@ def test_dropout_keeps_the_right_share_and_rows_are_independent(p):
     assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
     both = (kept[1:] & kept[:-1]).float().mean()
     assert abs(float(both) - (1 - p) ** 2) < 5 / n**0.5
+
+
+DTYPES = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+
+
+@needs_library
+@pytest.mark.parametrize(("x_dtype", "dtype"), DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(70, 33), (3, 5, 769), (4, 1), (0, 5)])
+def test_add_layer_norm_and_its_gradients_with_the_mask_of_the_seed(shape, x_dtype, dtype, p):
+    torch.manual_seed(0)
+    width = shape[-1]
+    x, residual = torch.randn(shape).to(x_dtype), torch.randn(shape).to(dtype)
+    inputs = [t.requires_grad_() for t in (x, residual, torch.randn(width), torch.randn(width))]
+    seed = torch.tensor(77) if p else None
+    y, s, *_ = torch.ops.llmfast.add_layer_norm_fwd(*inputs, 1e-2, p, seed)
+    upstream = [torch.randn(shape).to(dtype) for _ in range(2)]
+    ours = (y, s, *torch.autograd.grad((y, s), inputs, upstream))
+
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    mask = torch.ops.llmfast.dropout(torch.ones(shape), seed, p).double() if p else 1.0
+    total = exact[1] + exact[0] * mask
+    normal = torch.nn.functional.layer_norm(total, (width,), *exact[2:], 1e-2)
+    truth = (normal, total, *torch.autograd.grad((normal, total), exact, [t.double() for t in upstream]))
+    for a, b in zip(ours, truth, strict=True):
+        tolerance = 2e-2 if torch.bfloat16 in (a.dtype, dtype) else 2e-5
+        assert float((a - b).detach().norm()) <= tolerance * float(b.detach().norm())
+    assert [t.dtype for t in ours[2:]] == [x_dtype, dtype, torch.float32, torch.float32]
+
+
+@needs_library
+def test_add_layer_norm_follows_the_generator():
+    x, weight = torch.randn(9, 70), torch.ones(70)
+    draws = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        with ops.use_backend("add_layer_norm=cpp"):
+            draws.append(ops.add_layer_norm(x, x, weight, dropout_p=0.5)[1])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+@needs_library
+def test_the_last_residual_needs_no_gradient():
+    x, weight = torch.randn(9, 70, requires_grad=True), torch.rand(70)
+    with ops.use_backend("add_layer_norm=cpp"):
+        y, s = ops.add_layer_norm(x, x.detach(), weight)
+        (of_y,) = torch.autograd.grad(y.square().sum(), x)
+        y, s = ops.add_layer_norm(x, x.detach(), weight)
+        (of_s,) = torch.autograd.grad(s.sum(), x)
+    leaf = x.detach().clone().requires_grad_()
+    expected = torch.nn.functional.layer_norm(leaf + x.detach(), (70,), weight).square().sum()
+    torch.testing.assert_close(of_y, torch.autograd.grad(expected, leaf)[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(of_s, torch.ones_like(x))

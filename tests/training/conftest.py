@@ -38,7 +38,7 @@ def tokens(text, tmp_path_factory):
 def train(tokens, tmp_path):
     """train(max_steps=..., ...) -> (result, model): a run in ``tmp_path / "run"``."""
 
-    def run(*, shape=None, data=None, val=True, tokenizer=None, loss_fn=None, model=None, **options):
+    def run(*, shape=None, data=None, val=True, tokenizer=None, loss_fn=None, model=None, progress=False, **options):
         config = TrainConfig(
             **{
                 **dict(out=str(tmp_path / "run"), device="cpu", max_steps=20, micro_batch_size=4, warmup_steps=4),
@@ -50,7 +50,7 @@ def train(tokens, tmp_path):
         model = model or GPT(GPTConfig(**{**SHAPE, **(shape or {})}))
         trainer = Trainer(
             model, config, data or tokens[0], tokens[1] if val else None,
-            tokenizer=tokenizer, loss_fn=loss_fn, progress=False,
+            tokenizer=tokenizer, loss_fn=loss_fn, progress=progress,
         )  # fmt: skip
         return trainer.fit(), model
 

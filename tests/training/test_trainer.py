@@ -187,6 +187,15 @@ def test_other_ways_to_compute_give_about_the_same_loss(train, tmp_path, options
     assert other.val_loss == pytest.approx(plain.val_loss, abs=0.03)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_on_a_cpu_without_it_says_that_it_will_not_be_faster(train, monkeypatch, capfd, fast):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    train(max_steps=1, dtype="bfloat16", val=False, progress=True)
+    assert ("bfloat16 will not be faster than float32 here" in capfd.readouterr().err) == (not fast)
+
+
 def test_a_nan_names_the_module_and_leaves_the_weights(train, tokens, tmp_path):
     model = GPT(GPTConfig(**SHAPE))
     steps = []

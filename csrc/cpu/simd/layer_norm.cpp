@@ -145,9 +145,14 @@ void backward(const LayerNormBackward& a, int64_t row0, int64_t row1) {
 }
 
 void sum_rows(const float* part, int64_t count, int64_t stride, int64_t begin, int64_t end, float* out) {
-  for_row<4>(begin, end, [&](auto lanes, int64_t i, int) {
+  for_row<4>(begin, end, [&](auto lanes, int64_t i, int) {  // Kahan's compensated sum
     auto s = lanes.load(part + i);
-    for (int64_t c = 1; c < count; ++c) s = s + lanes.load(part + c * stride + i);
+    decltype(s) lost{};
+    for (int64_t c = 1; c < count; ++c) {
+      const auto term = lanes.load(part + c * stride + i) - lost, sum = s + term;
+      lost = (sum - s) - term;
+      s = sum;
+    }
     lanes.store(out + i, s);
   });
 }
