@@ -1,10 +1,11 @@
 """Two whole recipes, run by those who wrote them and by llmfast in turns: wall time and losses.
 
-    LLMFAST_PEERS=folder python benchmarks/recipes.py shakespeare tinyshakespeare.txt --seeds 1 2 3
+    LLMFAST_PEERS=folder python benchmarks/recipes.py shakespeare tinyshakespeare.txt --seeds 1 2 3 --bf16
     LLMFAST_PEERS=folder python benchmarks/recipes.py verdict the-verdict.txt --vocab gpt2/
 
 `shakespeare` is nanoGPT's CPU recipe (2,000 steps of a character model), `verdict` the script of chapter 5 of "Build a
-Large Language Model (From Scratch)" (GPT 124M, ten epochs). The folder holds checkouts of both.
+Large Language Model (From Scratch)" (GPT 124M, ten epochs). The folder holds checkouts of both. With --bf16, llmfast
+runs once more in bfloat16, and the last line is the difference of the two validation losses.
 The wall time is the whole command's: start, evaluations and samples included.
 """
 
@@ -94,6 +95,10 @@ def llmfast(args: argparse.Namespace, seed: int, work: Path) -> dict[str, float]
     return {"seconds": seconds, "train": last["train_loss"], "val": last["val_loss"]}
 
 
+def llmfast_bf16(args: argparse.Namespace, seed: int, work: Path) -> dict[str, float]:
+    return llmfast(argparse.Namespace(**{**vars(args), "flags": [*args.flags, "--dtype", "bfloat16"]}), seed, work)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=["shakespeare", "verdict"])
@@ -104,19 +109,27 @@ def main() -> None:
     side.add_argument("--peer-only", action="store_true")
     side.add_argument("--llmfast-only", action="store_true")
     parser.add_argument("--as-script", action="store_true", help="verdict: at the settings of the book's script")
+    parser.add_argument("--bf16", action="store_true", help="llmfast in bfloat16 as well")
     args = parser.parse_args()
     args.flags = BOOK_SCRIPT if args.as_script else []
     peer = nanogpt if args.recipe == "shakespeare" else book
     sides = [peer] * (not args.llmfast_only) + [llmfast] * (not args.peer_only)
+    sides += [llmfast_bf16] * (args.bf16 and not args.peer_only)
     results: dict[str, list[dict[str, float]]] = {side.__name__: [] for side in sides}
     for seed in args.seeds:
         for side in sides:
             with tempfile.TemporaryDirectory() as work:
                 row = side(args, seed, Path(work))
             results[side.__name__].append(row)
-            print(f"seed {seed}: {side.__name__:8}", *(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
-    for name, rows in results.items():
-        print(f"mean of {len(rows)}: {name:8}", *(f"{k} {statistics.mean(r[k] for r in rows):.4g}" for k in rows[0]))
+            print(f"seed {seed}: {side.__name__:12}", *(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+    mean = {name: {k: statistics.mean(r[k] for r in rows) for k in rows[0]} for name, rows in results.items()}
+    for name, row in mean.items():
+        faster = (
+            f"{mean[peer.__name__]['seconds'] / row['seconds']:.2f}x {peer.__name__}" if peer.__name__ in mean else ""
+        )
+        print(f"mean of {len(args.seeds)}: {name:12}", *(f"{k} {v:.4g}" for k, v in row.items()), faster)
+    if {"llmfast", "llmfast_bf16"} <= mean.keys():
+        print(f"validation loss, bf16 - fp32: {mean['llmfast_bf16']['val'] - mean['llmfast']['val']:+.4f}")
 
 
 if __name__ == "__main__":

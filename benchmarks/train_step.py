@@ -1,52 +1,170 @@
-"""Whole training steps on the CPU, side by side: llmfast, eager PyTorch, torch.compile and nanoGPT.
+"""Whole training steps on the CPU, side by side: llmfast, nanoGPT, Hugging Face, plain PyTorch, and the products alone.
 
-Each provider lives in a process of its own, because the allocator and matmul settings that llmfast makes hold for a
-whole process, and gets the same shape, batch and fused AdamW. The processes take turns, so that whatever else the
-machine does hits all of them alike; the figure is the median over the turns. The floor is the time of the step's matrix
-products alone, through the faster of PyTorch's own two routes, timed in the same turns.
+Each provider lives in a process of its own, because allocator and matmul settings hold for a whole process; float32 and
+bfloat16 (autocast) are two. The processes take turns, so that whatever else the machine does hits all of them alike; a
+sample during which other processes used the cores is taken again. The figure is the median of the undisturbed ones.
+Models that do not fit into memory together run in parts, several times over. What "tuned", the floor and the memory
+mean stands in step_providers.py.
 
-    python benchmarks/train_step.py --shape 30m
-    LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape char --json out.json
+    LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 30m --json out.json
+    LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 124m --isa avx2
+    python benchmarks/train_step.py --quick
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Shape:
-    n_layer: int
-    n_head: int
-    n_embd: int
-    vocab_size: int
-    block_size: int
-    batch_size: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.block_size
-
+from step_providers import PEERS, PROVIDERS, Floor, Provider, Shape, timed
 
 SHAPES = {
     "char": Shape(4, 4, 128, 65, 64, 12),
     "30m": Shape(6, 6, 384, 50304, 256, 4),
     "124m": Shape(12, 12, 768, 50304, 512, 1),
+    "124m-1024": Shape(12, 12, 768, 50304, 1024, 1),
 }
-PROVIDERS = ["llmfast", "llmfast torch", "eager", "eager tuned", "compile", "nanogpt", "nanogpt tuned", "floor"]
+DISTURBED = 0.05  # share of the cores that other processes used during a sample
+QUICK = ["llmfast", "llmfast torch", "nanogpt", "eager", "eager tuned", "floor"]
+# Speed of the first over the second, at least this.
+TARGETS = {
+    "char": [("llmfast fp32", "nanogpt fp32", 2.0), ("llmfast bf16", "nanogpt fp32", 3.0)],
+    "30m": [
+        ("llmfast fp32", "nanogpt fp32", 2.5),
+        ("llmfast fp32", "nanogpt tuned fp32", 1.15),
+        ("llmfast fp32", "floor fp32", 0.95),
+        ("llmfast bf16", "nanogpt fp32", 4.2),
+        ("llmfast bf16", "nanogpt compile tuned bf16", 1.25),
+        ("llmfast bf16", "floor bf16", 0.75),
+    ],
+    "124m": [("llmfast fp32", "nanogpt fp32", 2.2), ("llmfast bf16", "nanogpt fp32", 4.0)],
+}
+TARGETS["124m-1024"] = TARGETS["124m"]
+MEMORY_TARGETS = [("llmfast fp32", "nanogpt fp32", 0.5), ("llmfast bf16", "nanogpt bf16", 0.5)]  # at most
+# On a lesser instruction set: never slower than PyTorch tuned.
+ISA_TARGETS = [(f"llmfast {d}", f"{peer} tuned {d}", 1.0) for d in ("fp32", "bf16") for peer in ("nanogpt", "eager")]
 
-Step = Callable[[], float]
+
+def others_seconds() -> float:
+    """CPU seconds that this machine has spent on anything but this process."""
+    try:
+        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except OSError:
+        return 0.0
+    busy = sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
+    return busy - sum(os.times()[:2])
+
+
+def sample(provider: Any, least: float = 0.3) -> tuple[float, float]:
+    """Seconds of one step, averaged over ``least`` seconds, and the share of the machine that others used meanwhile."""
+    before, start, steps = others_seconds(), time.perf_counter(), 0
+    seconds = 0.0
+    while time.perf_counter() - start < least:
+        seconds += provider.seconds() if isinstance(provider, Floor) else timed(provider.step)
+        steps += 1
+    elapsed = time.perf_counter() - start
+    return seconds / steps, (others_seconds() - before - 0.02) / elapsed / (os.cpu_count() or 1)
+
+
+def serve(name: str, shape: Shape, pipe: Connection) -> None:
+    """In the provider's own process: build, warm up, report, then one sample a request."""
+    try:
+        kind, _, dtype = name.rpartition(" ")
+        provider = Floor(shape, dtype) if kind == "floor" else Provider(kind, shape, dtype)
+        extra = provider.extra_bytes()
+        pipe.send({"losses": list(provider.losses), "extra": extra, "setting": provider.setting})
+        while pipe.recv():
+            pipe.send(sample(provider))
+    except Exception as error:  # a provider that cannot run says why and leaves the table
+        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+@contextmanager
+def workers(names: list[str], shape: Shape, facts: dict[str, Any]) -> Iterator[dict[str, Connection]]:
+    """A process for each name, ready to take steps; what they report goes into ``facts``."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    for name in names:  # one after the other: the warm-up should not be disturbed either
+        ours, theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(name, shape, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        try:
+            answer = ours.recv()
+        except EOFError:
+            answer = "its process ended"
+        if isinstance(answer, dict):
+            pipes[name], facts[name] = ours, answer
+            print(f"ready: {name}", file=sys.stderr, flush=True)
+        else:
+            print(f"{name}: cannot run: {answer}", file=sys.stderr, flush=True)
+    try:
+        yield pipes
+    finally:
+        for pipe in pipes.values():
+            pipe.send(False)
+        for process in processes:
+            process.join(30)
+
+
+def parts(names: list[str], shape: Shape) -> list[list[str]]:
+    """The names in as few groups as memory allows, of about equal size."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    each = 16 * shape.parameters + 16 * shape.tokens * shape.vocab_size + (1 << 29)
+    room = max(1, int(0.7 * memory / each))
+    count = -(-len(names) // room)
+    return [names[i::count] for i in range(count)]
+
+
+def measure(
+    names: list[str], shape: Shape, turns: int, repeats: int
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
+    """Every sample (seconds, share of others) and what each provider reported.
+
+    A disturbed sample is taken again, ``repeats`` times at most.
+    """
+    samples: dict[str, list[tuple[float, float]]] = {}
+    facts: dict[str, Any] = {}
+    groups = parts(names, shape)
+    passes = 1 if len(groups) == 1 else min(3, turns)
+    for _ in range(passes):
+        for group in groups:
+            with workers(group, shape, facts) as pipes:
+                for _ in range(-(-turns // passes)):
+                    for name, pipe in pipes.items():
+                        for _ in range(1 + repeats):
+                            pipe.send(True)
+                            taken = pipe.recv()
+                            samples.setdefault(name, []).append(taken)
+                            if taken[1] <= DISTURBED:
+                                break
+    return samples, facts
+
+
+def judge(figures: dict[str, float], pairs: list[tuple[str, str, float]], below: bool) -> list[dict[str, Any]]:
+    """Targets against what was measured: figures are tokens/s (at least the factor) or bytes (``below``: at most)."""
+    rows = []
+    for ours, other, factor in pairs:
+        if ours in figures and other in figures:
+            ratio = figures[ours] / figures[other]
+            met = ratio <= factor if below else ratio >= factor
+            what = "memory" if below else "speed"
+            rows.append({"what": f"{what} {ours} / {other}", "ratio": ratio, "target": factor, "met": met})
+    return rows
 
 
 def cpu_name() -> str:
@@ -57,196 +175,83 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def plain_gpt(s: Shape):
-    """A GPT-2 as one writes it in plain PyTorch: nn.Linear, nn.LayerNorm, SDPA, cross_entropy."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
 
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.ln_1, self.ln_2 = nn.LayerNorm(s.n_embd), nn.LayerNorm(s.n_embd)
-            self.c_attn, self.c_proj = nn.Linear(s.n_embd, 3 * s.n_embd), nn.Linear(s.n_embd, s.n_embd)
-            self.mlp = nn.Sequential(
-                nn.Linear(s.n_embd, 4 * s.n_embd), nn.GELU(approximate="tanh"), nn.Linear(4 * s.n_embd, s.n_embd)
-            )
-
-        def forward(self, x):
-            B, T, C = x.shape
-            q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, s.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.c_proj(y.transpose(1, 2).reshape(B, T, C))
-            return x + self.mlp(self.ln_2(x))
-
-    class GPT(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.wte, self.wpe = nn.Embedding(s.vocab_size, s.n_embd), nn.Embedding(s.block_size, s.n_embd)
-            self.blocks = nn.Sequential(*[Block() for _ in range(s.n_layer)])
-            self.ln_f = nn.LayerNorm(s.n_embd)
-
-        def forward(self, x, y):
-            h = self.blocks(self.wte(x) + self.wpe(torch.arange(x.shape[1])))
-            logits = F.linear(self.ln_f(h), self.wte.weight)
-            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    model = GPT()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.02)
-    return model
-
-
-def nanogpt(s: Shape):
-    sys.path.insert(0, str(Path(os.environ["LLMFAST_PEERS"]) / "nanoGPT"))
-    from model import GPT, GPTConfig
-
-    shape = {k: getattr(s, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
-    model = GPT(GPTConfig(dropout=0.0, bias=True, **shape))
-    return lambda x, y: model(x, y)[1], model
-
-
-def floor(s: Shape) -> Step:
-    """One pass over every matrix product of a training step, forward, dX and dW, through PyTorch's faster route."""
-    import torch
-
-    L, C, V, M = s.n_layer, s.n_embd, s.vocab_size, s.tokens
-    layers = [(L, M, C, 3 * C), (L, M, C, C), (L, M, C, 4 * C), (L, M, 4 * C, C), (1, M, C, V)]
-    products = []
-    for count, m, k, n in layers:
-        x, w, dy = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
-        products += [(count, x, w.t()), (count, dy, w), (count, dy.t(), x)]
-
-    def run() -> float:
-        total = 0.0
-        for count, a, b in products:
-            best = float("inf")
-            for precision in ("highest", "medium"):
-                torch.set_float32_matmul_precision(precision)
-                out = torch.empty(a.shape[0], b.shape[1])
-                torch.mm(a, b, out=out)
-                start = time.perf_counter()
-                torch.mm(a, b, out=out)
-                best = min(best, time.perf_counter() - start)
-            total += count * best
-        return total
-
-    return run
-
-
-def build(provider: str, s: Shape, dtype: str) -> Step:
-    """A function that takes training steps and returns the seconds of one."""
-    import torch
-
-    torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count() or 1)
-    if provider.endswith("tuned") or provider == "floor":
-        import ctypes
-
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 2**31 - 1)
-        libc.mallopt(-3, 2**31 - 1)
-        torch.set_float32_matmul_precision("medium")
-    if provider == "floor":
-        return floor(s)
-    g = torch.Generator().manual_seed(1)
-    x = torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g)
-    y = torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g)
-    if provider.startswith("llmfast"):
-        import llmfast
-        from llmfast import ops
-        from llmfast.config import GPTConfig
-
-        llmfast.tune_process()
-        shape = {k: getattr(s, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
-        model = llmfast.GPT(GPTConfig(**shape))
-        backend = ops.use_backend("torch" if provider.endswith("torch") else "auto")
-        backend.__enter__()
-        loss_of = lambda x, y: model(x, y)[1]  # noqa: E731
-    elif provider.startswith("nanogpt"):
-        loss_of, model = nanogpt(s)
-    else:
-        model = plain_gpt(s)
-        loss_of = torch.compile(model) if provider == "compile" else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> float:
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = loss_of(x, y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        return time.perf_counter() - start
-
-    return step
-
-
-def serve(provider: str, shape: Shape, dtype: str, pipe: Connection) -> None:
-    try:
-        step = build(provider, shape, dtype)
-        step(), step()  # the first calls compile, measure and touch memory
-        pipe.send("ready")
-        while pipe.recv():
-            pipe.send(min(step() for _ in range(2)))
-    except Exception as error:  # a provider that cannot run says why and leaves the table
-        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    found = {"python": platform.python_version()}
+    for package in ("llmfast", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def main() -> None:
-    import multiprocessing
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="30m")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all that are installed")
+    parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="llmfast's kernels use no more than this")
+    parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few providers, three turns")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
-    names = [p for p in args.providers if "nanogpt" not in p or "LLMFAST_PEERS" in os.environ]
+    if args.isa:
+        os.environ["LLMFAST_CPU_ISA"] = args.isa
+    shape, turns = SHAPES[args.shape], 3 if args.quick else args.turns
+    kinds = args.providers or (QUICK if args.quick else PROVIDERS)
+    names = [
+        f"{kind} {dtype}" for kind in kinds for dtype in args.dtype if "nanogpt" not in kind or PEERS in os.environ
+    ]
+    samples, facts = measure(names, shape, turns, repeats=0 if args.quick else 2)
 
-    spawn = multiprocessing.get_context("spawn")
-    workers = {}
-    for name in names:  # one after the other: the warm-up should not be disturbed either
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(name, shape, args.dtype, theirs), daemon=True)
-        process.start()
-        answer = ours.recv()
-        if answer == "ready":
-            workers[name] = ours
-        else:
-            print(f"{name}: cannot run: {answer}")
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for _ in range(args.turns):
-        for name, pipe in workers.items():
-            pipe.send(True)
-            seconds[name].append(pipe.recv())
-    for pipe in workers.values():
-        pipe.send(False)
-
-    import torch
-
+    quiet = {name: [t for t, others in taken if others <= DISTURBED] for name, taken in samples.items()}
+    seconds = {name: quiet[name] if len(quiet[name]) >= 2 else [t for t, _ in samples[name]] for name in samples}
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    base = next((n for n in ("nanogpt", "eager") if n in median), None)
-    print(f"shape {args.shape}: {shape}, {args.dtype}")
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {args.turns} turns")
-    print(f"{'provider':16} {'ms/step':>9} {'tokens/s':>10} {'x ' + str(base):>12} {'of floor':>9}   spread")
+    speed = {name: shape.tokens / t for name, t in median.items()}
+    extra = {name: fact["extra"] for name, fact in facts.items() if fact["extra"] is not None}
+    pairs = ISA_TARGETS if args.isa else TARGETS[args.shape]
+    targets = judge(speed, pairs, below=False)
+    if args.shape.startswith("124m") and not args.isa:
+        targets += judge(extra, MEMORY_TARGETS, below=True)
+
+    base = "nanogpt fp32" if "nanogpt fp32" in speed else "eager fp32"
+    print(f"shape {args.shape}: {shape}, kernels {args.isa or 'best'}, torch {versions().get('torch')}, {cpu_name()}")
+    head = (
+        f"{'provider':26} {'ms/step':>9} {'tokens/s':>9} {'x ' + base:>15} {'of floor':>9} {'extra MB':>9} {'quiet':>7}"
+    )
+    print(f"{head}  losses of the first steps; setting")
     for name, t in median.items():
-        ratio = f"{median[base] / t:.2f}" if base else ""
-        share = f"{median['floor'] / t:.2f}" if "floor" in median else ""
-        row = f"{name:16} {t * 1e3:9.1f} {shape.tokens / t:10.0f} {ratio:>12} {share:>9}"
-        print(f"{row}   {min(seconds[name]) * 1e3:.1f}-{max(seconds[name]) * 1e3:.1f}")
+        ratio = f"{speed[name] / speed[base]:.2f}" if base in speed else ""
+        floor = median.get(f"floor {name.rpartition(' ')[2]}")
+        share = f"{floor / t:.2f}" if floor else ""
+        memory = f"{extra[name] / 1e6:.0f}" if name in extra else ""
+        losses = " ".join(f"{loss:.4f}" for loss in facts[name]["losses"])
+        count = f"{len(quiet[name])}/{len(samples[name])}"
+        row = f"{name:26} {t * 1e3:9.1f} {speed[name]:9.0f} {ratio:>15} {share:>9} {memory:>9} {count:>7}"
+        print(f"{row}  {losses}; {facts[name]['setting']}")
+    for row in targets:
+        verdict = "met" if row["met"] else "NOT MET"
+        print(f"{row['what']:60} {row['ratio']:6.2f}   target {row['target']:<5} {verdict}")
     if args.json:
+        here = Path(__file__).resolve().parent
+        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=-dirty", "--abbrev=12"]
         record = {
             "schema": 1,
-            "command": f"benchmarks/train_step.py --shape {args.shape} --dtype {args.dtype} --turns {args.turns}",
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "command": " ".join(["benchmarks/train_step.py", *sys.argv[1:]]),
+            "date": str(date.today()),
+            "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
             "device": f"{cpu_name()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "seconds": seconds,
+            "isa": args.isa or "best",
+            "versions": versions(),
+            "torch": versions().get("torch"),
+            "tokens": shape.tokens,
+            "seconds": {name: [round(t, 6) for t in values] for name, values in seconds.items()},
+            "disturbed": {name: len(samples[name]) - len(quiet[name]) for name in samples},
             "median": median,
+            "facts": facts,
+            "targets": targets,
         }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 

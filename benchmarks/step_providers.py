@@ -1,0 +1,291 @@
+"""Who takes a step in ``train_step.py``: llmfast, plain PyTorch, nanoGPT, Hugging Face, the matrix products alone.
+
+Every provider starts from the same weights and batch, and takes the same step: forward, backward, clipping at norm 1,
+AdamW. The peers get PyTorch's fused AdamW, which on a CPU is kinder to nanoGPT than its own choice.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PEERS = "LLMFAST_PEERS"  # the folder that holds nanoGPT
+# as its users run it, and tuned: an allocator that keeps its pages, and whichever float32 matmul precision is faster
+PROVIDERS = [
+    "llmfast", "llmfast torch",
+    "nanogpt", "nanogpt tuned", "nanogpt compile", "nanogpt compile tuned",
+    "huggingface", "huggingface tuned",
+    "eager", "eager tuned", "compile", "compile tuned",
+    "floor",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int
+    batch_size: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.block_size
+
+    @property
+    def parameters(self) -> int:
+        return 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {k: getattr(self, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
+
+
+def plain_gpt(s: Shape) -> Any:
+    """A GPT-2 as one writes it in plain PyTorch: nn.Linear, nn.LayerNorm, SDPA, cross_entropy."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(s.n_embd), nn.LayerNorm(s.n_embd)
+            self.attn, self.mlp = nn.Module(), nn.Module()
+            self.attn.c_attn, self.attn.c_proj = nn.Linear(s.n_embd, 3 * s.n_embd), nn.Linear(s.n_embd, s.n_embd)
+            self.mlp.c_fc, self.mlp.c_proj = nn.Linear(s.n_embd, 4 * s.n_embd), nn.Linear(4 * s.n_embd, s.n_embd)
+
+        def forward(self, x):
+            B, T, C = x.shape
+            q, k, v = self.attn.c_attn(self.ln_1(x)).view(B, T, 3, s.n_head, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
+            return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(s.vocab_size, s.n_embd), nn.Embedding(s.block_size, s.n_embd)
+            self.h = nn.Sequential(*[Block() for _ in range(s.n_layer)])
+            self.ln_f = nn.LayerNorm(s.n_embd)
+
+        def forward(self, x, y):
+            h = self.h(self.wte(x) + self.wpe(torch.arange(x.shape[1])))
+            logits = F.linear(self.ln_f(h), self.wte.weight)
+            return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    return GPT()
+
+
+def nanogpt(s: Shape) -> Any:
+    sys.path.insert(0, str(Path(os.environ[PEERS]) / "nanoGPT"))
+    from model import GPT, GPTConfig
+
+    return GPT(GPTConfig(dropout=0.0, bias=True, **s.sizes))
+
+
+def huggingface(s: Shape) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {**s.sizes, "n_positions": s.block_size}
+    del sizes["block_size"]
+    return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes)).train()
+
+
+def same_weights(model: Any, transposed: bool) -> None:
+    """Draw the parameters by name: every provider computes the same losses. ``transposed``: Linears are (in, out)."""
+    import torch
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            linear = transposed and p.dim() == 2 and ".h." in name
+            generator = torch.Generator().manual_seed(zlib.crc32(name.removeprefix("transformer.").encode()))
+            values = torch.randn(p.t().shape if linear else p.shape, generator=generator) * 0.02
+            p.copy_(values.t() if linear else values)
+            if ".ln_" in f".{name}" and name.endswith("weight"):
+                p.add_(1.0)
+
+
+def keep_pages() -> None:
+    """What ``llmfast.tune_process`` does to glibc's malloc."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-1, 2**31 - 1)
+    libc.mallopt(-3, 2**31 - 1)
+
+
+class Provider:
+    """Takes training steps. ``step()`` returns the loss; ``setting`` says what was tuned."""
+
+    def __init__(self, name: str, s: Shape, dtype: str) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        self.name, self.dtype, self.setting, self.count = name, dtype, "", 0
+        kind, *options = name.split()
+        compiled = "compile" in (kind, *options)
+        g = torch.Generator().manual_seed(1)
+        self.x = torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g)
+        self.y = torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g)
+        if kind == "llmfast":
+            self._llmfast(s, options)
+        else:
+            if "tuned" in options:
+                keep_pages()
+            make = {"nanogpt": nanogpt, "huggingface": huggingface}.get(kind, plain_gpt)
+            self._before = resident()
+            model = make(s)
+            same_weights(model, transposed=kind == "huggingface")
+            self.parameters = list(model.parameters())
+            optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+            run = torch.compile(model) if compiled else model
+            self._loss = {
+                "nanogpt": lambda: run(self.x, self.y)[1],
+                "huggingface": lambda: run(input_ids=self.x, labels=self.y, shift_labels=self.y).loss,
+            }.get(kind, lambda: run(self.x, self.y))
+
+            def update(loss: Any) -> None:
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            self._update = update
+        self.losses = [self.step() for _ in range(3)]
+        if "tuned" in options:
+            self._choose_precision(compiled)
+
+    def _llmfast(self, s: Shape, options: list[str]) -> None:
+        """Through the model, the optimizer and the update that ``llmfast pretrain`` uses."""
+        import torch
+
+        import llmfast
+        from llmfast import ops
+        from llmfast.config import GPTConfig, TrainConfig
+        from llmfast.training.optimizer import build_optimizer
+        from llmfast.training.update import Update
+
+        self.setting = str(llmfast.tune_process())
+        ops.use_backend("torch" if "torch" in options else "auto").__enter__()
+        self._before = resident()
+        model = llmfast.GPT(GPTConfig(bias=True, **s.sizes))
+        same_weights(model, transposed=False)
+        self.parameters = list(model.parameters())
+        optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-4, weight_decay=0.01, beta2=0.999))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+        update = Update(optimizer, 1.0, torch.device("cpu"), dtype)
+        self._loss = lambda: model(self.x, self.y)[1]
+
+        def apply(loss: Any) -> None:
+            update.backward(loss)
+            self.count += 1
+            update.apply(self.count, loss, 1.0)
+            optimizer.zero_grad(set_to_none=True)
+
+        self._update = apply
+
+    def _choose_precision(self, compiled: bool) -> None:
+        import torch
+
+        def use(precision: str) -> None:
+            if compiled:
+                torch.compiler.reset()
+            torch.set_float32_matmul_precision(precision)
+            self.step()
+
+        seconds = {}
+        for precision in ("highest", "medium"):
+            use(precision)
+            seconds[precision] = min(timed(self.step) for _ in range(3))
+        best = min(seconds, key=seconds.__getitem__)
+        if best != "medium":
+            use(best)
+        self.setting = f"allocator kept, precision {best}"
+
+    def step(self) -> float:
+        import torch
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
+            loss = self._loss()
+        self._update(loss)
+        return loss.item()
+
+    def extra_bytes(self) -> int | None:
+        """Peak memory of two steps beyond parameters, gradients and AdamW's moments; None where Linux does not tell.
+
+        The kernel's high-water mark of resident memory (VmHWM, set back through clear_refs), less what the process held
+        before the model was built, less four times the parameters. Memory that an allocator keeps counts.
+        """
+        if self._before is None:
+            return None
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return None
+        self.step(), self.step()
+        held = sum(4 * p.numel() * p.element_size() for p in self.parameters)
+        return (resident("VmHWM") or 0) - self._before - held
+
+
+class Floor:
+    """One pass over every matrix product of a training step, forward, dX and dW, with preallocated outputs.
+
+    float32: each product through the faster of PyTorch's default library and oneDNN; bfloat16: ``torch.mm``. The
+    products inside of attention are left out, so that the floor is low.
+    """
+
+    losses: tuple[float, ...] = ()
+    setting = ""
+
+    def __init__(self, s: Shape, dtype: str) -> None:
+        import torch
+
+        keep_pages()
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        self.precisions = ("highest", "medium") if dtype == "fp32" else ("highest",)
+        L, C, V, M = s.n_layer, s.n_embd, s.vocab_size, s.tokens
+        layers = [(L, M, C, 3 * C), (L, M, C, C), (L, M, C, 4 * C), (L, M, 4 * C, C), (1, M, C, V)]
+        self.products = []
+        for count, m, k, n in layers:
+            x, w, dy = (torch.randn(*size).to(kind) for size in ((m, k), (n, k), (m, n)))
+            for a, b in ((x, w.t()), (dy, w), (dy.t(), x)):
+                self.products.append((count, a, b, torch.empty(a.shape[0], b.shape[1], dtype=kind)))
+        self.seconds()
+
+    def extra_bytes(self) -> None:
+        return None
+
+    def seconds(self) -> float:
+        import torch
+
+        total = 0.0
+        for count, a, b, out in self.products:
+            best = float("inf")
+            for precision in self.precisions:
+                torch.set_float32_matmul_precision(precision)
+                torch.mm(a, b, out=out)
+                best = min(best, *(timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for _ in range(2)))
+            total += count * best
+        return total
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def resident(field: str = "VmRSS") -> int | None:
+    """Bytes from /proc/self/status."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
+        return None
