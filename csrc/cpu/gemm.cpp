@@ -1,3 +1,7 @@
+// How a product is cut into blocks for the caches and the threads. Two ways:
+//   - A is read in place: a task packs some columns of B for itself and meets a chunk of rows of A with them.
+//   - A must be packed (transposed, converted): B is packed once for all, a task packs some rows of A.
+// Any element of C is the same sum over the same blocks of K, whatever task it falls into.
 #include "cpu/gemm.h"
 
 #include <algorithm>
@@ -10,13 +14,20 @@
 namespace llmfast::cpu {
 namespace {
 
-constexpr int64_t kUnits = 1024;          // of a K block: a panel of it stays in the second cache
-constexpr int64_t kSerialMacs = 1 << 18;  // below, a second thread costs more than it brings
+constexpr int64_t kUnits = 1024;                    // of a K block: a panel of it stays in the second cache
+constexpr int64_t kColumns = 64;                    // of a task that packs its own B, or one panel
+constexpr int64_t kRows = 1020;                     // of A, in the third cache while the columns go by
+constexpr int64_t kPackedRows = 96;                 // of A, packed for the second cache
+constexpr int64_t kPackedUnits = int64_t(1) << 22;  // of B at once: 16 MB
+constexpr int64_t kMacsPerThread = 1 << 17;         // a second thread must bring more than it costs
 
-// f(i) for i < count on PyTorch's threads; each takes the next i when it is free.
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// f(i) for i < count on `threads` of PyTorch's threads; each takes the next i when it is free.
 template <typename F>
-void each(int64_t count, bool serial, F f) {
-  const int64_t threads = serial ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), count);
+void each(int64_t count, int64_t threads, F f) {
+  threads = std::min(threads, count);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) f(i);
     return;
@@ -27,90 +38,114 @@ void each(int64_t count, bool serial, F f) {
   });
 }
 
-Scratch& panel_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
+struct Plan {
+  const Product& p;
+  const GemmKernels& kernels;
+  int64_t deep;      // of a block of K, a multiple of 16 units; all blocks but the last
+  int64_t k_blocks;  // at least one, so that K = 0 writes the sum of the other terms
+  int64_t threads;
 
-Scratch& rows_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-
-// One K block, from k0 on, kc deep. Either every thread packs a panel of B and meets all of A with it, or all of B is
-// packed first and every thread takes blocks of rows: the latter where there are too few panels to share out.
-void block(const Product& p, const GemmKernels& kernels, int64_t k0, int64_t kc) {
-  const int64_t units = (kc + kernels.depth - 1) / kernels.depth;
-  const int64_t panels = (p.N + kernels.panel - 1) / kernels.panel, panel_units = units * kernels.panel;
-  const bool serial = p.M * p.N * std::max<int64_t>(kc, 1) < kSerialMacs;
-  const int64_t threads = serial ? 1 : torch::stable::get_num_threads();
-  const bool in_place = kernels.in_place(p.a, p.K);
-  const auto width = [&](int64_t panel) { return std::min<int64_t>(kernels.panel, p.N - panel * kernels.panel); };
-
-  if (panels >= 4 * threads || (panels % threads == 0 && in_place)) {
-    uint32_t* packed = nullptr;
-    if (!in_place) {
-      packed = rows_scratch().get<uint32_t>(p.M * units);
-      const int64_t rows = std::max<int64_t>(16, (p.M / (4 * threads) + 15) / 16 * 16);
-      each((p.M + rows - 1) / rows, serial, [&](int64_t i) {
-        kernels.pack_a(p.a, i * rows, std::min(p.M, (i + 1) * rows), k0, kc, packed + i * rows * units);
-      });
-    }
-    each(panels, serial, [&](int64_t i) {
-      uint32_t* panel = panel_scratch().get<uint32_t>(panel_units);
-      kernels.pack_b(p.b, i * kernels.panel, width(i), k0, kc, panel);
-      kernels.multiply(p, packed, panel, 0, p.M, i * kernels.panel, width(i), k0, kc);
-    });
-    return;
+  Plan(const Product& product, const GemmKernels& kind) : p(product), kernels(kind) {
+    const int64_t units = std::max<int64_t>(ceil_div(p.K, kernels.depth), 1);
+    deep = round_up(ceil_div(units, ceil_div(units, kUnits)), 16) * kernels.depth;
+    k_blocks = std::max<int64_t>(ceil_div(p.K, deep), 1);
+    threads = std::clamp<int64_t>(p.M * p.N * p.K / kMacsPerThread, 1, torch::stable::get_num_threads());
   }
-  uint32_t* b = panel_scratch().get<uint32_t>(panels * panel_units);
-  each(panels, serial, [&](int64_t i) {
-    kernels.pack_b(p.b, i * kernels.panel, width(i), k0, kc, b + i * panel_units);
-  });
-  const int64_t tiles = (p.M + kernels.tile_rows - 1) / kernels.tile_rows;
-  const int64_t rows = kernels.tile_rows * std::clamp<int64_t>(tiles / (4 * threads), 1, 16);
-  each((p.M + rows - 1) / rows, serial, [&](int64_t i) {
-    const int64_t m0 = i * rows, m1 = std::min(p.M, m0 + rows);
-    uint32_t* packed = nullptr;
-    if (!in_place) {
-      packed = rows_scratch().get<uint32_t>(rows * units);
-      kernels.pack_a(p.a, m0, m1, k0, kc, packed);
+
+  int64_t units(int64_t k) const { return ceil_div(k, kernels.depth); }
+
+  // A bfloat16 C is summed in float over the blocks of K and rounded once.
+  bool needs_sums() const { return p.c_dtype == Dtype::bf16 && k_blocks > 1; }
+
+  BlockStore store(int64_t m, int64_t n, int64_t k_block, float* sums, int64_t sums_stride) const {
+    BlockStore out{};
+    if (sums && k_block + 1 < k_blocks) {
+      out = {sums, sums_stride, Dtype::f32, k_block > 0, nullptr, nullptr, 0};
+    } else {
+      const int64_t size = p.c_dtype == Dtype::f32 ? 4 : 2;
+      char* c = static_cast<char*>(p.c) + (m * p.c_stride + n) * size;
+      out = {c, p.c_stride, p.c_dtype, sums ? false : p.accumulate || k_block > 0, nullptr, nullptr, 0};
     }
-    for (int64_t panel = 0; panel < panels; ++panel)
-      kernels.multiply(p, packed, b + panel * panel_units, m0, m1, panel * kernels.panel, width(panel), k0, kc);
+    if (k_block == 0) {
+      out.bias = p.bias ? p.bias + n : nullptr;
+      out.residual = p.residual ? p.residual + m * p.residual_stride + n : nullptr;
+      out.residual_stride = p.residual_stride;
+    } else if (sums && k_block + 1 == k_blocks) {
+      out.residual = sums;
+      out.residual_stride = sums_stride;
+    }
+    return out;
+  }
+};
+
+void multiply_in_place(const Plan& plan) {
+  const Product& p = plan.p;
+  const GemmKernels& kernels = plan.kernels;
+  const int64_t columns = round_up(kColumns, kernels.panel), column_blocks = ceil_div(p.N, columns);
+  int64_t chunks = ceil_div(p.M, kRows);
+  // A few tasks a thread are only well spread if they divide evenly.
+  if (const int64_t tasks = chunks * column_blocks; tasks < 4 * plan.threads && tasks % plan.threads)
+    chunks = std::max(chunks, std::min(ceil_div(4 * plan.threads, column_blocks), ceil_div(p.M, kPackedRows)));
+  const int64_t rows = round_up(ceil_div(p.M, chunks), kernels.tile_rows);
+  each(ceil_div(p.M, rows) * column_blocks, plan.threads, [&](int64_t task) {
+    thread_local Scratch panels, partial;
+    const int64_t m = task / column_blocks * rows, n = task % column_blocks * columns;
+    const int64_t m_count = std::min(rows, p.M - m), n_count = std::min(columns, p.N - n);
+    auto* b = panels.get<uint32_t>(columns * plan.units(plan.deep));
+    float* sums = plan.needs_sums() ? partial.get<float>(rows * columns) : nullptr;
+    for (int64_t block = 0; block < plan.k_blocks; ++block) {
+      const int64_t k0 = block * plan.deep, kc = std::min(plan.deep, p.K - k0);
+      kernels.pack_b(p.b, n, n_count, k0, kc, b);
+      kernels.multiply(p.a, nullptr, b, m, m_count, n_count, k0, kc, plan.store(m, n, block, sums, columns));
+    }
   });
+}
+
+void multiply_packed(const Plan& plan) {
+  const Product& p = plan.p;
+  const GemmKernels& kernels = plan.kernels;
+  const int64_t units = plan.units(plan.deep);
+  // All of K for as many columns as fit, in equal parts.
+  const int64_t panels = ceil_div(p.N, kernels.panel);
+  const int64_t fitting = std::max<int64_t>(kPackedUnits / (plan.k_blocks * units * kernels.panel), 1);
+  const int64_t columns = ceil_div(panels, ceil_div(panels, fitting)) * kernels.panel;
+  const int64_t rows = std::min(kPackedRows, round_up(ceil_div(p.M, 4 * plan.threads), kernels.tile_rows));
+  thread_local Scratch shared;
+  auto* b = shared.get<uint32_t>(plan.k_blocks * units * columns);
+
+  for (int64_t n = 0; n < p.N; n += columns) {
+    const int64_t n_count = std::min(columns, p.N - n), n_panels = ceil_div(n_count, kernels.panel);
+    each(n_panels * plan.k_blocks, plan.threads, [&](int64_t task) {
+      const int64_t block = task / n_panels, k0 = block * plan.deep, kc = std::min(plan.deep, p.K - k0);
+      const int64_t j = task % n_panels * kernels.panel;
+      kernels.pack_b(p.b, n + j, std::min(kernels.panel, n_count - j), k0, kc,
+                     b + block * units * columns + j * plan.units(kc));
+    });
+    each(ceil_div(p.M, rows), plan.threads, [&](int64_t task) {
+      thread_local Scratch packed, partial;
+      const int64_t m = task * rows, m_count = std::min(rows, p.M - m);
+      auto* a = packed.get<uint32_t>(rows * units);
+      float* sums = plan.needs_sums() ? partial.get<float>(rows * columns) : nullptr;
+      for (int64_t block = 0; block < plan.k_blocks; ++block) {
+        const int64_t k0 = block * plan.deep, kc = std::min(plan.deep, p.K - k0);
+        kernels.pack_a(p.a, p.M, m, m_count, k0, kc, a);
+        kernels.multiply(p.a, a, b + block * units * columns, m, m_count, n_count, k0, kc,
+                         plan.store(m, n, block, sums, columns));
+      }
+    });
+  }
 }
 
 }  // namespace
 
-void gemm(const Product& product) {
-  if (product.M <= 0 || product.N <= 0) return;
+void gemm(const Product& p) {
+  if (p.M <= 0 || p.N <= 0) return;
   const GemmTable& table = LLMFAST_SIMD(gemm_kernels);
-  const GemmKernels& kernels = product.compute == Dtype::f32 ? table.f32 : table.bf16;
-  Product p = product;
-  const int64_t longest = kUnits * kernels.depth;
-  if (p.K <= longest) return block(p, kernels, 0, p.K);
-  if (p.c_dtype == Dtype::bf16) {  // summed in float, rounded once
-    thread_local Scratch scratch;
-    Product sums = p;
-    sums.c = scratch.get<float>(p.M * p.N);
-    sums.c_stride = p.N;
-    sums.c_dtype = Dtype::f32;
-    gemm(sums);
-    p.K = 0;
-    p.bias = nullptr;
-    p.residual = static_cast<const float*>(sums.c);
-    p.residual_stride = p.N;
-    return block(p, kernels, 0, 0);
-  }
-  // Blocks of equal depth, whole vectors of units each.
-  const int64_t step = 16 * kernels.depth, blocks = (p.K + longest - 1) / longest;
-  const int64_t deep = ((p.K + blocks - 1) / blocks + step - 1) / step * step;
-  for (int64_t k0 = 0; k0 < p.K; k0 += deep) {
-    block(p, kernels, k0, std::min(deep, p.K - k0));
-    p.accumulate = true;
-    p.bias = p.residual = nullptr;
-  }
+  const Plan plan(p, p.compute == Dtype::f32 ? table.f32 : table.bf16);
+  if (plan.kernels.in_place(p.a, p.K))
+    multiply_in_place(plan);
+  else
+    multiply_packed(plan);
 }
 
 }  // namespace llmfast::cpu

@@ -4,19 +4,31 @@
 
 namespace llmfast::cpu {
 
+// Where the sums of a block go, all pointers of the block's first element. Null where there is nothing to add.
+struct BlockStore {
+  void* c;
+  int64_t c_stride;
+  Dtype c_dtype;
+  bool accumulate;
+  const float* bias;
+  const float* residual;
+  int64_t residual_stride;
+};
+
 // The parts of gemm() that are compiled once per instruction set, for one kind of products; see simd/gemm.cpp.
+// What is packed are units of 32 bits, `depth` elements along K; elements [k0, k0 + kc) of K.
 struct GemmKernels {
-  int panel;     // columns of a packed panel of B
-  int depth;     // elements along K of a 32-bit unit
-  int tile_rows;
+  int64_t panel;      // columns of a packed panel of B
+  int64_t tile_rows;
+  int64_t depth;
   bool (*in_place)(const Operand& a, int64_t K);  // A needs no packing
-  // op(A) rows [m0, m1), elements [k0, k0 + kc): row by row, `units` units each, into `to`.
-  void (*pack_a)(const Operand& a, int64_t m0, int64_t m1, int64_t k0, int64_t kc, uint32_t* to);
-  // op(B) columns [n0, n0 + n), n <= panel, elements [k0, k0 + kc).
-  void (*pack_b)(const Operand& b, int64_t n0, int64_t n, int64_t k0, int64_t kc, uint32_t* to);
-  // C rows [m0, m1), columns [n0, n0 + n) of one panel. packed_a: rows m0 ... as pack_a left them, or null: A in place.
-  void (*multiply)(const Product& p, const uint32_t* packed_a, const uint32_t* panel, int64_t m0, int64_t m1, int64_t n0,
-                   int64_t n, int64_t k0, int64_t kc);
+  // op(A) rows [m0, m0 + rows) of M, into room for `rows` rounded up to whole tiles.
+  void (*pack_a)(const Operand& a, int64_t M, int64_t m0, int64_t rows, int64_t k0, int64_t kc, uint32_t* to);
+  // op(B) columns [n0, n0 + columns): panels, the last one filled up with zeros as far as it is used.
+  void (*pack_b)(const Operand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, uint32_t* to);
+  // A block of `rows` x `columns`. a: in place, from row m0 on; packed_a: as pack_a left it, or null.
+  void (*multiply)(const Operand& a, const uint32_t* packed_a, const uint32_t* panels, int64_t m0, int64_t rows,
+                   int64_t columns, int64_t k0, int64_t kc, const BlockStore& out);
 };
 
 struct GemmTable {

@@ -16,85 +16,70 @@ bool in_place(const Operand& a, int64_t K) {
   return same && !a.transposed && K % Unit::depth == 0;
 }
 
-// A transposed A is packed like B, kLanes columns at a time, whose units are then dealt out to their rows.
 template <typename Unit, typename T>
-void pack_a(const Operand& a, int64_t m0, int64_t m1, int64_t k0, int64_t kc, uint32_t* to) {
+void pack_a(const Operand& a, int64_t M, int64_t m0, int64_t rows, int64_t k0, int64_t kc, uint32_t* to) {
   const int64_t units = ceil_div(kc, Unit::depth);
-  for (int64_t m = m0; m < m1; m += a.transposed ? kLanes : 1) {
-    uint32_t* row = to + (m - m0) * units;
-    const T* p = at<T>(a, m, k0);
-    if (!a.transposed) {
-      for (int64_t u = 0; u < units; u += kLanes) {
-        const Bits b = Unit::along_k(p + u * Unit::depth, kc - u * Unit::depth);
-        if (units - u >= kLanes)
-          memcpy(row + u, &b, sizeof b);
-        else
-          for (int64_t i = 0; i < units - u; ++i) row[u + i] = b[i];
-      }
-      continue;
+  if (!a.transposed) {
+    for (int64_t i = 0; i < smaller(rows, M - m0); ++i) pack_row<Unit>(at<T>(a, m0 + i, k0), kc, to + i * units);
+    return;
+  }
+  // A few rows of storage at a time: where they lie a multiple of 4096 bytes apart, the nearest cache holds no more.
+  constexpr int64_t step = 8;
+  for (int64_t u = 0; u < units; u += step)
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const int64_t k = u * Unit::depth;
+      pack_tile<Unit>(at<T>(a, m0 + i, k0 + k), a.stride, M - m0 - i, smaller(step * Unit::depth, kc - k),
+                      to + i * units + u * kTileRows);
     }
-    const int64_t rows = smaller(kLanes, m1 - m);
-    for (int64_t u = 0; u < units; u += kLanes) {
-      Bits block[kLanes];
-      const int64_t count = smaller(kLanes, units - u);
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t k = (u + i) * Unit::depth;
-        block[i] = i < count ? Unit::across(p + k * a.stride, a.stride, kc - k, rows) : Bits{};
-      }
-      transpose(block);
-      for (int64_t r = 0; r < rows; ++r)
-        if (count == kLanes)
-          memcpy(row + r * units + u, &block[r], sizeof block[r]);
-        else
-          for (int64_t i = 0; i < count; ++i) row[r * units + u + i] = block[r][i];
-    }
+}
+
+template <typename Unit, typename T>
+void pack_b(const Operand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, uint32_t* to) {
+  const auto pack = b.transposed ? pack_transposed<Unit, T> : pack_rows<Unit, T>;
+  for (int64_t j = 0; j < columns; j += kPanel, to += kPanel * ceil_div(kc, Unit::depth)) {
+    const int64_t n = smaller(kPanel, columns - j);
+    pack(at<T>(b, k0, n0 + j), b.stride, n, kc, ceil_div(n, kLanes) * kLanes, to);
   }
 }
 
-template <typename Unit, typename T>
-void pack_b(const Operand& b, int64_t n0, int64_t n, int64_t k0, int64_t kc, uint32_t* to) {
-  const int64_t width = ceil_div(n, kLanes) * kLanes;
-  const auto pack = b.transposed ? pack_transposed<Unit, T> : pack_rows<Unit, T>;
-  pack(at<T>(b, k0, n0), b.stride, n, kc, width, to);
-}
-
 template <typename Unit, typename C>
-void multiply(const Product& p, const uint32_t* packed_a, const uint32_t* panel, int64_t m0, int64_t m1, int64_t n0,
-              int64_t n, int64_t k0, int64_t kc) {
-  const int64_t units = ceil_div(kc, Unit::depth), width = ceil_div(n, kLanes) * kLanes;
-  const int64_t size = p.a.dtype == Dtype::f32 ? 4 : 2;
-  Rows a;
-  if (packed_a)
-    a = {reinterpret_cast<const char*>(packed_a), 4 * units, 4};
-  else
-    a = {static_cast<const char*>(p.a.data) + (m0 * p.a.stride + k0) * size, p.a.stride * size, 4};
-  const Store out = {static_cast<C*>(p.c) + m0 * p.c_stride + n0, p.c_stride, p.accumulate,
-                     p.bias ? p.bias + n0 : nullptr,
-                     p.residual ? p.residual + m0 * p.residual_stride + n0 : nullptr, p.residual_stride};
-  for (int64_t m = 0; m < m1 - m0; m += kTileRows) {
-    const Rows rows = {a.base + m * a.row, a.row, a.unit};
-    const Store store = {static_cast<C*>(out.c) + m * out.c_stride, out.c_stride, out.accumulate, out.bias,
-                         out.residual ? out.residual + m * out.residual_stride : nullptr, out.residual_stride};
-    multiply_tile<Unit, C>(smaller(kTileRows, m1 - m0 - m), n, width, rows, panel, units, store);
+void multiply(const Operand& a, const uint32_t* packed_a, const uint32_t* panels, int64_t m0, int64_t rows,
+              int64_t columns, int64_t k0, int64_t kc, const BlockStore& out) {
+  const int64_t units = ceil_div(kc, Unit::depth), size = a.dtype == Dtype::f32 ? 4 : 2;
+  const char* first = packed_a ? reinterpret_cast<const char*>(packed_a)
+                               : static_cast<const char*>(a.data) + (m0 * a.stride + k0) * size;
+  const bool tiles = packed_a && a.transposed;  // unit by unit, not row by row
+  const int64_t row = tiles ? 4 : packed_a ? 4 * units : a.stride * size, unit = tiles ? 4 * kTileRows : 4;
+  const int64_t tile = packed_a ? 4 * kTileRows * units : kTileRows * row;
+  for (int64_t n = 0; n < columns; n += kPanel, panels += kPanel * units) {
+    const int64_t width = smaller(kPanel, columns - n);
+    Rows from = {first, row, unit};
+    for (int64_t m = 0; m < rows; m += kTileRows, from.base += tile) {
+      const Store store = {static_cast<C*>(out.c) + m * out.c_stride + n, out.c_stride, out.accumulate,
+                           out.bias ? out.bias + n : nullptr,
+                           out.residual ? out.residual + m * out.residual_stride + n : nullptr, out.residual_stride};
+      multiply_tile<Unit, C>(smaller(kTileRows, rows - m), width, ceil_div(width, kLanes) * kLanes, from, panels, units,
+                             store);
+    }
   }
 }
 
 template <typename Unit>
 constexpr GemmKernels kernels() {
   return {kPanel,
-          Unit::depth,
           kTileRows,
+          Unit::depth,
           in_place<Unit>,
-          [](const Operand& a, int64_t m0, int64_t m1, int64_t k0, int64_t kc, uint32_t* to) {
-            (a.dtype == Dtype::f32 ? pack_a<Unit, float> : pack_a<Unit, uint16_t>)(a, m0, m1, k0, kc, to);
+          [](const Operand& a, int64_t M, int64_t m0, int64_t rows, int64_t k0, int64_t kc, uint32_t* to) {
+            (a.dtype == Dtype::f32 ? pack_a<Unit, float> : pack_a<Unit, uint16_t>)(a, M, m0, rows, k0, kc, to);
           },
-          [](const Operand& b, int64_t n0, int64_t n, int64_t k0, int64_t kc, uint32_t* to) {
-            (b.dtype == Dtype::f32 ? pack_b<Unit, float> : pack_b<Unit, uint16_t>)(b, n0, n, k0, kc, to);
+          [](const Operand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, uint32_t* to) {
+            (b.dtype == Dtype::f32 ? pack_b<Unit, float> : pack_b<Unit, uint16_t>)(b, n0, columns, k0, kc, to);
           },
-          [](const Product& p, const uint32_t* packed_a, const uint32_t* panel, int64_t m0, int64_t m1, int64_t n0,
-             int64_t n, int64_t k0, int64_t kc) {
-            (p.c_dtype == Dtype::f32 ? multiply<Unit, float> : multiply<Unit, uint16_t>)(p, packed_a, panel, m0, m1, n0,
-                                                                                         n, k0, kc);
+          [](const Operand& a, const uint32_t* packed_a, const uint32_t* panels, int64_t m0, int64_t rows,
+             int64_t columns, int64_t k0, int64_t kc, const BlockStore& out) {
+            (out.c_dtype == Dtype::f32 ? multiply<Unit, float> : multiply<Unit, uint16_t>)(a, packed_a, panels, m0, rows,
+                                                                                           columns, k0, kc, out);
           }};
 }
 

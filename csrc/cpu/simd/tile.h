@@ -6,7 +6,7 @@
 // K. Without such instructions a bfloat16 product rounds its operands to bfloat16 and multiplies them as floats.
 #include "cpu/simd/vec.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -22,7 +22,7 @@ inline constexpr int kTileVecs = 2;  // 12 of 16
 inline constexpr int kPanel = kTileVecs * kLanes;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Bits bits_of(Vec v) {
   Bits b;
@@ -46,6 +46,17 @@ inline Bits bf16_bits(Vec v) {
 }
 
 // The first n of kLanes elements, zeros behind them.
+#if defined(__AVX512F__)
+inline Vec load_first(const float* p, int64_t n) {
+  if (n >= kLanes) return Wide::load(p);
+  return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+inline Vec load_first(const uint16_t* p, int64_t n) {
+  if (n >= kLanes) return Wide::load(p);
+  const auto halves = (Halves)_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+  return vec_of(__builtin_convertvector(halves, Bits) << 16);
+}
+#else
 template <typename T>
 inline Vec load_first(const T* p, int64_t n) {
   if (n >= kLanes) return Wide::load(p);
@@ -53,6 +64,7 @@ inline Vec load_first(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
   return Wide::load(padded);
 }
+#endif
 
 // ---- Units -----------------------------------------------------------------------------------------------------------
 
@@ -178,6 +190,36 @@ void pack_rows(const T* p, int64_t stride, int64_t n, int64_t k, int64_t width, 
       const Bits b = column < n ? Unit::across(p + row * stride + column, stride, k - row, n - column) : Bits{};
       memcpy(to + unit * width + column, &b, sizeof b);
     }
+}
+
+// kTileRows rows of A, k elements deep, from p[k * stride + row]: to[unit * kTileRows + row]. `rows` are left in A, fewer
+// or more than that.
+template <typename Unit, typename T>
+inline void pack_tile(const T* p, int64_t stride, int64_t rows, int64_t k, uint32_t* to) {
+  constexpr int64_t spill = kLanes > kTileRows ? ceil_div(kLanes - kTileRows, kTileRows) : 0;
+  for (; k > 0; k -= Unit::depth, p += Unit::depth * stride, to += kTileRows)
+#pragma GCC unroll 2
+    for (int i = 0; i < kTileRows; i += kLanes) {
+      const Bits b = i < rows ? Unit::across(p + i, stride, k, rows - i) : Bits{};
+      // A long vector may spill into the next units, which are yet to come.
+      if (i + kLanes <= kTileRows || (spill && k > spill * Unit::depth))
+        memcpy(to + i, &b, sizeof b);
+      else
+        memcpy(to + i, &b, kTileRows % kLanes * sizeof(uint32_t));
+    }
+}
+
+// One row of A, k elements from p on, unit by unit.
+template <typename Unit, typename T>
+inline void pack_row(const T* p, int64_t k, uint32_t* to) {
+  for (; k >= kLanes * Unit::depth; k -= kLanes * Unit::depth, p += kLanes * Unit::depth, to += kLanes) {
+    const Bits b = Unit::along_k(p, k);
+    memcpy(to, &b, sizeof b);
+  }
+  if (k > 0) {
+    const Bits b = Unit::along_k(p, k);
+    for (int64_t i = 0; i < ceil_div(k, Unit::depth); ++i) to[i] = b[i];
+  }
 }
 
 // ---- Tiles -----------------------------------------------------------------------------------------------------------
