@@ -18,9 +18,9 @@ struct ValueAndSlope {
 struct GeluTanh {
   template <typename F>
   static ValueAndSlope<F> at(F h) {
-    constexpr float k = 1.5957691216f, c = 0.044715f;  // 2u = k (h + c h^3)
+    constexpr float k = 1.5957691216f, c = 0.044715f, log2e = 1.4426950409f;  // 2u = k (h + c h^3)
     const F low = at_least(h, -10.f), z = at_most(low, 10.f), zz = z * z;
-    const F e = exp_bounded(z * (zz * (-k * c) - k)), s = 1.f / (e + 1.f);
+    const F e = exp2_bounded(z * (zz * (-k * c * log2e) - k * log2e)), s = 1.f / (e + 1.f);
     return {low * s, s + z * s * (e * s) * (zz * (3 * k * c) + k)};  // e s = 1 - s, without its cancellation
   }
 };
@@ -29,7 +29,7 @@ struct Gelu {
   template <typename F>
   static ValueAndSlope<F> at(F h) {
     const F low = at_least(h, -13.f), z = at_most(low, 13.f);
-    const NormalTail<F> normal(z < 0.f ? -z : z);
+    const NormalTail<F> normal(magnitude(z));
     const F cdf = z < 0.f ? normal.tail : 1.f - normal.tail;
     return {low * cdf, cdf + z * normal.density * 0.3989422804f};
   }

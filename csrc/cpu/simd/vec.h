@@ -1,10 +1,11 @@
 #pragma once
-// Vectors of the instruction set at hand, by the compilers' vector extensions: no intrinsics, and one source for all.
+// Vectors of the instruction set at hand, by the compilers' vector extensions, one source for all; intrinsics only where the
+// compilers find no good instruction by themselves.
 //
 // Files of this folder are compiled once per instruction set. Everything in them but the tables lives in an anonymous
 // namespace and no header of the standard library with inline functions is included: else the linker could hand an
 // AVX-512 copy of a shared function to a CPU that has none.
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -35,9 +36,14 @@ struct Wide {
     return v;
   }
   static Vec load(const uint16_t* p) {  // bfloat16: the upper half of a float
+#if defined(__AVX2__) && !defined(__AVX512F__)  // one instruction, of which GCC 12 makes four
+    const Bits wide = (Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
     Halves h;
     memcpy(&h, p, sizeof h);
-    const Bits b = __builtin_convertvector(h, Bits) << 16;
+    const Bits wide = __builtin_convertvector(h, Bits);
+#endif
+    const Bits b = wide << 16;
     Vec v;
     memcpy(&v, &b, sizeof v);
     return v;
