@@ -50,6 +50,7 @@ def render(facts: dict[str, Any]) -> str:
         ),
         "Matrix products on the CPU\n"
         + table([(f"  {dtype}", f"{route['route']}: {route['reason']}") for dtype, route in facts["matmul"].items()]),
+        "Decoder layers on the CPU\n" + table([(f"  {dtype}", how) for dtype, how in facts["decoder_layer"].items()]),
     ]
     decoding = facts["decoding"]
     parts.append(

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from llmfast import ops
 from llmfast.config import GPTConfig
 from llmfast.nn.kv_cache import LayerCache
+from llmfast.ops import decoder_layer as fused
 
 
 class Linear(nn.Linear):
@@ -109,9 +111,50 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
         p = self.dropout if self.training else 0.0
+        if cache is None and not torch.compiler.is_compiling():
+            parameters = self._plain_parameters()
+            if parameters is not None and fused.why_not(x, parameters) is None:
+                return fused.decoder_layer(x, branch, parameters, self._options(), p)
         if branch is None:
             y = self.ln_1(x)
         else:
             y, x = self.ln_1.add(branch, x, p)
         y, x = self.ln_2.add(self.attn(y, cache), x, p)
         return x, self.mlp(y)
+
+    def _options(self) -> fused.LayerOptions:
+        attn = self.attn
+        return fused.LayerOptions(attn.n_head, self.mlp.activation, attn.scale, self.ln_1.eps)
+
+    def _plain_parameters(self) -> tuple[Tensor | None, ...] | None:
+        """The parameters of a layer whose parts are as they were made, which one call may stand in for: none of them
+        replaced (LoRA), parametrized, hooked or given a forward of its own. Else None."""
+        ln_1, attn, ln_2, mlp = (self._modules[name] for name in ("ln_1", "attn", "ln_2", "mlp"))
+        if not (type(attn) is CausalSelfAttention and type(mlp) is MLP) or _has_any_global_hook():
+            return None
+        products = attn._modules["c_attn"], attn._modules.get("c_proj"), mlp._modules["c_fc"], mlp._modules["c_proj"]
+        norms_and_linears = (ln_1, *products[:2], ln_2, *products[2:])
+        found: list[Tensor | None] = []
+        for part, kind in zip(norms_and_linears, _KINDS, strict=True):
+            if part is None:
+                found += (None, None)
+            elif type(part) is kind and _is_untouched(part):
+                found += (part._parameters["weight"], part._parameters.get("bias"))
+            else:
+                return None
+        same = self.ln_1.eps == self.ln_2.eps and attn.dropout == self.dropout
+        return tuple(found) if same and _is_untouched(attn) and _is_untouched(mlp) else None
+
+
+_KINDS = (LayerNorm, Linear, Linear, LayerNorm, Linear, Linear)
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    own = module.__dict__
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )

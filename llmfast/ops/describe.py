@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import llmfast
-from llmfast.ops import _library, matmul, process
+from llmfast.ops import _library, decoder_layer, matmul, process
 from llmfast.ops._registry import OPS, Op, current_setting, evidence
 
 
@@ -40,6 +40,9 @@ def describe() -> dict[str, Any]:
         "library": {"loaded": why_not is None, "why_not": why_not, **_library.build_config()},
         "matmul": matmul.routing_report(),
         "decoding": {"chosen": "torch" if against_native else "cpp", "reasons": against_native},
+        "decoder_layer": {
+            name: decoder_layer.why_not_dtype(dtype) or "one call" for dtype, name in matmul.ROUTED.items()
+        },
         "backend": str(current_setting()),
         "ops": {name: {str(device): _describe_op(op, device) for device in devices()} for name, op in OPS.items()},
     }
