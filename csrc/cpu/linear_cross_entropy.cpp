@@ -17,10 +17,13 @@ using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 using torch::stable::to;
 
-// Scratch for the logits: at N = 1024, V = 50257 a twelfth of the three float32 (N, V) tensors that eager PyTorch holds.
-constexpr int64_t kScratchBytes = int64_t(52) << 20;
+// Scratch for the logits. At N = 1024, V = 50257 it and the packed operands are a twelfth of what eager PyTorch needs beside
+// the gradients.
+constexpr int64_t kScratchBytes = int64_t(38) << 20;
 constexpr int64_t kMinRows = 64;   // fewer would stream the weight too often, whatever V is
 constexpr int64_t kMaxRows = 512;  // more gain nothing
+// Rows of dW that are made at a time: the product packs its left operand, which all at once would be a second scratch.
+constexpr int64_t kSlab = 4608;
 // Logits that are worth a thread.
 constexpr int64_t kGrain = 16384;
 
@@ -80,7 +83,10 @@ void run(const Tensor& x, const Tensor& weight, const float* bias, const int64_t
     if (grads.dx)
       gemm({n, C, V, {z, stride, compute}, w, static_cast<char*>(grads.dx) + start * x_bytes, C, x_dtype, compute});
     if (grads.dweight)
-      gemm({V, C, n, {z, stride, compute, true}, xs, grads.dweight, C, grads.dweight_dtype, compute, start > 0});
+      for (int64_t first = 0; first < V; first += kSlab)
+        gemm({std::min(kSlab, V - first), C, n, {z + first, stride, compute, true}, xs,
+              static_cast<char*>(grads.dweight) + first * C * (grads.dweight_dtype == Dtype::bf16 ? 2 : 4), C,
+              grads.dweight_dtype, compute, start > 0});
     if (grads.dbias)
       parallel_for(0, V, std::max<int64_t>(1, kGrain / n), [&](int64_t column0, int64_t column1) {
         kernels.add_columns(z, stride, n, grads.dbias, column0, column1);

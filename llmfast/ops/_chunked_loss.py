@@ -86,12 +86,12 @@ def chunked(
         logits = _logits(xc, ws, bs, buffer[: xc.shape[0]], onednn)
         z = logits if exact else logits.to(dtype)
         top = z.amax(1)
-        expected = (1 - label_smoothing) * z.gather(1, tc)[:, 0]
+        expected = (1 - label_smoothing) * (z.gather(1, tc)[:, 0] - top)
         if label_smoothing:
-            expected += label_smoothing * z.mean(1)
+            expected += label_smoothing * (z.mean(1) - top)
         p = torch.softmax(z, 1, out=z) if z.is_cpu else torch.softmax(z, 1)
         # The largest probability is exp(top - lse): it cannot underflow, so that lse is exact however small p[t] is.
-        losses[part] = (top - p.amax(1).log() - expected) * counts[part]
+        losses[part] = (-p.amax(1).log() - expected) * counts[part]
         if not any(wants):
             continue
         if label_smoothing:
