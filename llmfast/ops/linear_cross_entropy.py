@@ -211,7 +211,8 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    tolerance=Tolerance(floor=6.0),  # an error of the logits, eps |z|, is a relative one of p: |z| reaches 40 here
+    # An error of the logits, eps |z|, is a relative one of p, and |z| reaches 40 here; sums run over up to 16,641 rows.
+    tolerance=Tolerance(floor=12.0),
     implementations=[
         Implementation(
             "cpp",
