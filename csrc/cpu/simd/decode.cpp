@@ -18,7 +18,7 @@ inline __attribute__((always_inline)) Vec sums_of(Vec* v) {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i)
-      v[i] = __builtin_shuffle(v[i], v[i + half], own) + __builtin_shuffle(v[i], v[i + half], other);
+      v[i] = shuffle(v[i], v[i + half], own) + shuffle(v[i], v[i + half], other);
   }
   return v[0];
 }

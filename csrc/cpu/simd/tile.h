@@ -144,15 +144,8 @@ inline __attribute__((always_inline)) void exchange(Bits* rows) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & Step) continue;
     const Bits a = rows[i], b = rows[i + Step];
-#if defined(__clang__)
-    for (int l = 0; l < kLanes; ++l) {
-      rows[i][l] = low[l] < kLanes ? a[low[l]] : b[low[l] - kLanes];
-      rows[i + Step][l] = high[l] < kLanes ? a[high[l]] : b[high[l] - kLanes];
-    }
-#else
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Step] = __builtin_shuffle(a, b, high);
-#endif
+    rows[i] = shuffle(a, b, low);
+    rows[i + Step] = shuffle(a, b, high);
   }
 }
 

@@ -26,6 +26,18 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
+// Lanes of two vectors: lane l of the result is lane from[l] of a, or lane from[l] - kLanes of b. `from` is a constant.
+template <typename V>
+inline __attribute__((always_inline)) V shuffle(V a, V b, Bits from) {
+#if defined(__clang__)
+  V v;
+  for (int l = 0; l < kLanes; ++l) v[l] = from[l] < kLanes ? a[from[l]] : b[from[l] - kLanes];
+  return v;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // Full vectors. A kernel is written once over Wide and One (for the rest of a row), see for_row.
 struct Wide {
   using F = Vec;
