@@ -22,11 +22,11 @@ void by_dtype(Dtype dtype, F f) {
     f(uint16_t(), kernels.bf16);
 }
 
-// add(part, row0, row1) adds the rows to part (n,). The chunks depend on the number of rows alone, so that the sums do not
-// depend on the number of threads.
+// add(part, row0, row1) adds the rows to part (n,). The chunks depend on the shape alone, so that the sums do not depend on
+// the number of threads; the fewer columns, the shorter the sums of a chunk may be.
 template <typename F>
 void sum_chunks(float* sums, int64_t rows, int64_t n, F add) {
-  const int64_t chunks = std::clamp<int64_t>(rows / 32, 1, 64);
+  const int64_t chunks = std::clamp<int64_t>(rows / 32, 1, std::clamp<int64_t>(4096 / std::max<int64_t>(n, 1), 64, 512));
   std::fill(sums, sums + n, 0.f);
   if (chunks == 1) return add(sums, int64_t(0), rows);
   std::vector<float> parts(chunks * n);
@@ -34,7 +34,10 @@ void sum_chunks(float* sums, int64_t rows, int64_t n, F add) {
                [&](int64_t c0, int64_t c1) {
     for (int64_t c = c0; c < c1; ++c) add(parts.data() + c * n, rows * c / chunks, rows * (c + 1) / chunks);
   });
-  LLMFAST_SIMD(activation).f32.column_sums(parts.data(), n, sums, 0, chunks, n);
+  std::vector<double> total(n);
+  for (int64_t c = 0; c < chunks; ++c)
+    for (int64_t j = 0; j < n; ++j) total[j] += double(parts[c * n + j]);
+  for (int64_t j = 0; j < n; ++j) sums[j] = float(total[j]);
 }
 
 }  // namespace

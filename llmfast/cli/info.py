@@ -17,10 +17,12 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from llmfast.generation import native
     from llmfast.ops import describe, tune_process
 
     tune_process()  # as every verb that computes
-    facts = describe()
+    reasons = native.why_not()
+    facts = {**describe(), "decoding": {"chosen": "torch" if reasons else "cpp", "reasons": reasons}}
     if options.json:
         print_json(facts)
     else:
@@ -29,7 +31,7 @@ def run(options: Options) -> int:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """``llmfast.ops.describe()`` for people."""
+    """``llmfast.ops.describe()`` and the choice for text generation, for people."""
     versions, library, cpu = facts["versions"], facts["library"], facts["cpu"]
     compiled = {name: value for name, value in library.items() if name not in ("loaded", "why_not") and value}
     built = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in compiled.items())

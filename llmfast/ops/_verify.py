@@ -27,6 +27,10 @@ def why_not(
     return reasons
 
 
+# Further draws of a shape that tell how large eager PyTorch's error is there.
+REDRAWS = 8
+
+
 def worst_ratio(
     op: Op,
     backend: str,
@@ -38,31 +42,63 @@ def worst_ratio(
     """Largest error over allowed error, and where: "y0" for an output, "d x" for the gradient by x; at most 1 is right.
 
     Allowed is ``ratio`` times the error of eager PyTorch in the same dtype, plus ``floor`` eps of the largest value
-    among the inputs and this output. ``arrange`` puts each input into another memory layout.
+    among the inputs and this output. Where an output has few elements, eager's one error is a matter of luck: if it
+    does not suffice, the largest of its errors on ``REDRAWS`` further draws (the same elements in another order)
+    counts. ``arrange`` puts each input into another memory layout.
     """
     inputs = op.inputs(shape, dtype, device)
-    doubles = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    inputs = {k: arrange(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    exact = _outputs_and_gradients(op.reference, doubles)
-    eager = _outputs_and_gradients(op.eager, inputs)
+    exact, eager = _errors_of_eager(op, inputs, arrange)
     with use_backend(f"{op.name}={backend}"):
-        ours = _outputs_and_gradients(op.function, inputs)
-    floats = [v for v in doubles.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        ours = _outputs_and_gradients(op.function, _arranged(inputs, arrange))
+    floats = [v for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
     size = max((float(v.abs().max()) for v in floats if v.numel()), default=0.0)
-    worst, where = 0.0, ""
-    for name, value in ours.items():
-        if value.shape != exact[name].shape:
-            return float("inf"), f"{name} has shape {tuple(value.shape)}, not {tuple(exact[name].shape)}"
-        if not value.numel():
-            continue
-        scale = max(size, float(exact[name].abs().max()))
-        allowed = op.tolerance.ratio * float((eager[name].double() - exact[name]).abs().max())
-        floor = op.tolerance.floor * (16 if dtype is torch.float64 else 1)  # the reference itself rounds to float64
-        allowed += floor * torch.finfo(dtype).eps * scale + torch.finfo(dtype).tiny
-        ratio = float((value.double() - exact[name]).abs().max()) / allowed
-        if not ratio <= worst:  # a NaN is the worst of all
-            worst, where = ratio if ratio == ratio else float("inf"), name
-    return worst, where
+    floor = op.tolerance.floor * (16 if dtype is torch.float64 else 1)  # the reference itself rounds to float64
+
+    def ratios() -> tuple[float, str]:
+        worst, where = 0.0, ""
+        for name, value in ours.items():
+            if value.shape != exact[name].shape:
+                return float("inf"), f"{name} has shape {tuple(value.shape)}, not {tuple(exact[name].shape)}"
+            if not value.numel():
+                continue
+            scale = max(size, float(exact[name].abs().max()))
+            allowed = (
+                op.tolerance.ratio * eager[name] + floor * torch.finfo(dtype).eps * scale + torch.finfo(dtype).tiny
+            )
+            ratio = float((value.double() - exact[name]).abs().max()) / allowed
+            if not ratio <= worst:  # a NaN is the worst of all
+                worst, where = ratio if ratio == ratio else float("inf"), name
+        return worst, where
+
+    found = ratios()
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(REDRAWS if 1 < found[0] < float("inf") else 0):
+        for name, error in _errors_of_eager(op, _shuffled(inputs, generator), arrange)[1].items():
+            eager[name] = max(eager[name], error)
+    return ratios()
+
+
+def _errors_of_eager(
+    op: Op, inputs: dict[str, Any], arrange: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The float64 outputs and gradients, and the largest error of eager PyTorch in each."""
+    doubles = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    exact = _outputs_and_gradients(op.reference, doubles)
+    eager = _outputs_and_gradients(op.eager, _arranged(inputs, arrange))
+    return exact, {k: float((eager[k].double() - v).abs().max()) if v.numel() else 0.0 for k, v in exact.items()}
+
+
+def _arranged(inputs: dict[str, Any], arrange: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    return {k: arrange(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def _shuffled(inputs: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    """The elements of every floating-point tensor in another order."""
+
+    def shuffle(t: Tensor) -> Tensor:
+        return t.detach().flatten()[torch.randperm(t.numel(), generator=generator).to(t.device)].view(t.shape)
+
+    return {k: shuffle(v) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def _outputs_and_gradients(function: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,10 +17,7 @@ def describe() -> dict[str, Any]:
 
     Measures the matrix-product routing if that is not yet decided (tens of milliseconds).
     """
-    from llmfast.generation import native  # which needs the ops itself
-
     why_not = _library.why_not_loaded()
-    against_native = native.why_not()
     return {
         "versions": {
             "llmfast": llmfast.__version__,
@@ -39,7 +36,6 @@ def describe() -> dict[str, Any]:
         },
         "library": {"loaded": why_not is None, "why_not": why_not, **_library.build_config()},
         "matmul": matmul.routing_report(),
-        "decoding": {"chosen": "torch" if against_native else "cpp", "reasons": against_native},
         "decoder_layer": {
             name: decoder_layer.why_not_dtype(dtype) or "one call" for dtype, name in matmul.ROUTED.items()
         },
