@@ -308,8 +308,8 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    # dP - rowsum(dO out), two sums of size sqrt(D): where a query sees one key alone they cancel, which plain softmax does
-    # exactly and a blockwise kernel to a few eps.
+    # dP - rowsum(dO out), two sums of size sqrt(D): where a query sees one key alone they cancel, which plain softmax
+    # does exactly and a blockwise kernel to a few eps.
     tolerance=Tolerance(floor=12.0),
     implementations=[
         Implementation(
