@@ -12,10 +12,12 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+BACKEND = ExitStack()  # holds the backend of this process for its whole life
 PEERS = "LLMFAST_PEERS"  # the folder that holds nanoGPT
 # as its users run it, and tuned: an allocator that keeps its pages, and whichever float32 matmul precision is faster
 PROVIDERS = [
@@ -173,7 +175,7 @@ class Provider:
         from llmfast.training.update import Update
 
         self.setting = str(llmfast.tune_process())
-        ops.use_backend("torch" if "torch" in options else "auto").__enter__()
+        BACKEND.enter_context(ops.use_backend("torch" if "torch" in options else "auto"))
         self._before = resident()
         model = llmfast.GPT(GPTConfig(bias=True, **s.sizes))
         same_weights(model, transposed=False)
