@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from llmfast.errors import UserError
 from llmfast.tokenizer.base import END_OF_TEXT, Tokenizer, replace_surrogates
 
 # GPT-2's pattern in tiktoken's faster wording; the original is in bpe_train.py.
@@ -48,6 +50,22 @@ class BPETokenizer(Tokenizer):
             explicit_n_vocab=self.vocab_size,
         )
 
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The two tokens that each longer token is joined from, in order of rank, as GPT-2's merges.txt lists them.
+
+        Merging by this list gives the same tokens as this encoding does. A ``UserError`` for an encoding that has no
+        such list: one that holds a token that merging never reaches.
+        """
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        merges = []
+        for rank, token in enumerate(self.tokens):
+            if len(token) > 1:
+                parts = _merge(token, ranks, rank)
+                if len(parts) != 2:
+                    raise UserError(f"token {rank} ({token!r}) is not two earlier tokens joined: there are no merges")
+                merges.append((parts[0], parts[1]))
+        return merges
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.tokens, self.kind)
 
@@ -63,6 +81,23 @@ class BPETokenizer(Tokenizer):
 
     def _payload(self) -> dict[str, Any]:
         return pack_tokens(self.tokens)
+
+
+def _merge(token: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
+    """``token`` taken apart into the tokens that merges of a rank under ``below`` make of its bytes."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 1:
+        rank, best = min((ranks.get(a + b, below), (a, b)) for a, b in itertools.pairwise(parts))
+        if rank == below:
+            break
+        joined: list[bytes] = []
+        for part in parts:  # all of that pair at once, from left to right
+            if best == (joined[-1] if joined else b"", part):
+                joined[-1] += part
+            else:
+                joined.append(part)
+        parts = joined
+    return parts
 
 
 def _rebuild(tokens: list[bytes], kind: str) -> BPETokenizer:

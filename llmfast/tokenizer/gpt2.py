@@ -115,6 +115,16 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def written(token: bytes) -> str:
+    """``token`` as GPT-2's vocabulary files write it: one printable character a byte."""
+    return "".join(_characters()[byte] for byte in token)
+
+
+@functools.cache
+def _characters() -> dict[int, str]:
+    return {byte: character for character, byte in _printable_bytes().items()}
+
+
 def _token_bytes(written: str) -> bytes:
     return bytes(_printable_bytes()[character] for character in written)
 

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfast.errors import UserError
-from llmfast.tokenizer import bpe_train, load_tokenizer, train_bpe
+from llmfast.tokenizer import BPETokenizer, bpe_train, load_tokenizer, train_bpe
 from llmfast.tokenizer.bpe_train import MIN_COUNT, character_classes, count_pieces, merge_pieces
+from llmfast.tokenizer.gpt2 import written
 
 
 @pytest.fixture
@@ -215,3 +216,29 @@ def test_a_trained_tokenizer_encodes_its_pieces_as_the_merges_say(data_folder):
         expected.extend(ranks[token] for token in word)
     assert tokenizer.encode(text) == expected
     assert len(expected) < len(load_tokenizer("byte").encode(text)) / 2
+
+
+def test_a_trained_tokenizers_merges_give_its_ids_in_the_tokenizers_library(data_folder, random_texts):
+    """The list of merges that other programs read holds all that ours knows."""
+    tokenizer = train_bpe([(data_folder / "text/the-verdict.txt").read_text(encoding="utf-8")], 700)
+    merges = [(written(left), written(right)) for left, right in tokenizer.merges()]
+    vocab = {written(token): rank for rank, token in enumerate(tokenizer.tokens)}
+    peer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    peer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for text in random_texts(1_000, 7):
+        assert tokenizer.encode(text) == peer.encode(text).ids, repr(text)
+
+
+def test_merges_of_a_huge_token_take_seconds():
+    text = "a" * (1 << 17)
+    tokenizer = train_bpe([text, text], 300)
+    start = time.perf_counter()
+    merges = tokenizer.merges()
+    assert time.perf_counter() - start < 5
+    assert [left + right for left, right in merges] == tokenizer.tokens[256:]
+
+
+def test_a_token_that_merging_never_reaches_has_no_merges():
+    tokens = [*(bytes([byte]) for byte in range(256)), b"abc"]
+    with pytest.raises(UserError, match=r"token 256 \(b'abc'\) is not two earlier tokens joined"):
+        BPETokenizer(tokens).merges()

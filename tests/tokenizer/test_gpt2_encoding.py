@@ -10,6 +10,7 @@ import tiktoken
 import tokenizers
 
 from llmfast.tokenizer.bpe import BPETokenizer, split_long_space
+from llmfast.tokenizer.gpt2 import written
 
 
 def test_a_known_sentence_has_its_known_ids(gpt2):
@@ -37,6 +38,13 @@ def test_ten_thousand_random_strings_encode_like_the_tokenizers_library(gpt2, da
     for text, ids, expected in zip(texts, ours, peer.encode_batch(texts), strict=True):
         assert ids.tolist() == expected.ids, repr(text)
         assert gpt2.decode_bytes(ids) == text.encode("utf-8")
+
+
+def test_the_merges_are_those_of_the_file(gpt2, data_folder):
+    lines = (data_folder / "gpt2/vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
+    assert [f"{written(left)} {written(right)}" for left, right in gpt2.merges()] == [line for line in lines if line]
+    vocab = json.loads((data_folder / "gpt2/encoder.json").read_text(encoding="utf-8"))
+    assert [vocab[written(token)] for token in gpt2.tokens] == list(range(50_256))
 
 
 def test_special_token_text_is_ordinary_text_unless_allowed(gpt2):
