@@ -19,6 +19,7 @@
 #include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/layer_norm.h"
+#include "cpu/operand.h"
 #include "stable.h"
 
 namespace llmfast::cpu {
@@ -57,6 +58,7 @@ struct Layer {
   float scale, eps;
   Dropout branch_dropout, attention_dropout, out_dropout;
   std::vector<MaybeTensor> parameters;
+  std::array<bool, kParameters> flipped;  // a weight that lies as (in, out), and so does its gradient
 
   const float* parameter(Parameter i) const { return parameters[i] ? floats(*parameters[i]) : nullptr; }
   int64_t bytes(int64_t columns) const { return N * columns * (dtype == Dtype::bf16 ? 2 : 4); }
@@ -74,10 +76,14 @@ struct Layer {
     return {first, T * packed * C, C / H, packed * C};
   }
 
+  // w (out, in), or its transpose.
+  Operand weight(Parameter w, int64_t out, int64_t in, bool transposed = false) const {
+    return {parameter(w), flipped[w] ? out : in, Dtype::f32, transposed != flipped[w]};
+  }
   // y (N, out) = x (N, in) w^T + b [+ residual]
   void linear(const void* x, int64_t in, Parameter w, Parameter b, int64_t out, void* y, Dtype y_dtype,
               const float* residual = nullptr) const {
-    Product p{N, out, in, {x, in, dtype}, {parameter(w), in, Dtype::f32, true}, y, out, y_dtype, dtype};
+    Product p{N, out, in, {x, in, dtype}, weight(w, out, in, true), y, out, y_dtype, dtype};
     p.bias = parameter(b);
     p.residual = residual;
     p.residual_stride = out;
@@ -85,11 +91,14 @@ struct Layer {
   }
   // dx (N, in) = dy (N, out) w
   void linear_dx(const void* dy, int64_t out, Parameter w, int64_t in, void* dx) const {
-    gemm({N, in, out, {dy, out, dtype}, {parameter(w), in, Dtype::f32}, dx, in, dtype, dtype});
+    gemm({N, in, out, {dy, out, dtype}, weight(w, out, in), dx, in, dtype, dtype});
   }
-  // dw (out, in) = dy^T x
-  void linear_dw(const void* dy, int64_t out, const void* x, int64_t in, float* dw) const {
-    gemm({out, in, N, {dy, out, dtype, true}, {x, in, dtype}, dw, in, Dtype::f32, dtype});
+  // dw (out, in) = dy^T x, laid out as w
+  void linear_dw(const void* dy, int64_t out, const void* x, int64_t in, Parameter w, float* dw) const {
+    if (flipped[w])
+      gemm({in, out, N, {x, in, dtype, true}, {dy, out, dtype}, dw, out, Dtype::f32, dtype});
+    else
+      gemm({out, in, N, {dy, out, dtype, true}, {x, in, dtype}, dw, in, Dtype::f32, dtype});
   }
 
   // y = norm(s), s = residual + dropout(branch), or the residual alone.
@@ -169,7 +178,8 @@ Layer make_layer(const Tensor& x, const std::vector<MaybeTensor>& parameters, in
     STD_TORCH_CHECK(p->scalar_type() == ScalarType::Float && p->is_cpu() && p->numel() == sizes[i][0] * sizes[i][1] &&
                         p->size(p->dim() - 1) == sizes[i][1],
                     kNames[i], " must be a float32 (", sizes[i][0], ", ", sizes[i][1], ") on the CPU");
-    l.parameters[i] = contiguous(*p);
+    l.flipped[i] = weight && lies_transposed(*p);
+    l.parameters[i] = l.flipped[i] ? torch::stable::transpose(*p, 0, 1) : contiguous(*p);
   }
   STD_TORCH_CHECK(attention_p >= 0 && attention_p < 1 && residual_p >= 0 && residual_p < 1, "dropout must lie in [0, 1)");
   int64_t seed[3] = {0, 0, 0};
@@ -249,11 +259,18 @@ struct Gradients {
       if (wants[i]) return true;
     return false;
   }
+  // With every weight (out, in), whichever way it lies.
+  std::vector<Tensor> laid_out() const {
+    std::vector<Tensor> views = parameters;
+    for (int i = 0; i < kParameters; ++i)
+      if (wanted(Parameter(i)) && l.flipped[i]) views[i] = torch::stable::transpose(parameters[i], 0, 1);
+    return views;
+  }
   float* of(Parameter i) { return wanted(i) ? mutable_floats(parameters[i]) : nullptr; }
 
   // Those of w and of the bias beside it, for y (N, out) = x (N, in) w^T + b.
   void linear(const void* dy, int64_t out, const void* x, int64_t in, Parameter w) {
-    if (wanted(w)) l.linear_dw(dy, out, x, in, of(w));
+    if (wanted(w)) l.linear_dw(dy, out, x, in, w, of(w));
     if (wanted(Parameter(w + 1))) column_sums(l.dtype, dy, out, of(Parameter(w + 1)), l.N, out);
   }
   // Of a norm, see LayerNormBackward; dw is made beside db, wanted or not.
@@ -295,7 +312,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> decoder_layer_bwd(
                       c.take(l.bytes(F)), c.take(l.bytes(F)), c.take(l.bytes(3 * C))};
   });
   ds = new_empty(x, grads.any_before(fc_w) ? x.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0});
-  const auto result = [&] { return std::make_tuple(ds, dopen, grads.parameters); };
+  const auto result = [&] { return std::make_tuple(ds, dopen, grads.laid_out()); };
 
   // The MLP; g = act(h) is made on the way from dg to dh.
   const void* dm = dm_tensor.const_data_ptr();
@@ -308,7 +325,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> decoder_layer_bwd(
   grads.linear(dm, C, g, F, proj_w);
   if (grads.wanted(fc_w)) {
     l.norm(ln2_w, s2, n, kept.mean2, kept.rstd2);
-    l.linear_dw(dh, F, n, C, grads.of(fc_w));
+    l.linear_dw(dh, F, n, C, fc_w, grads.of(fc_w));
   }
   if (!grads.any_before(fc_w)) return result();
   l.linear_dx(dh, F, fc_w, C, dn);

@@ -16,7 +16,9 @@ using MaybeTensor = std::optional<Tensor>;
 
 // The arguments that both ops share, checked.
 struct Lora {
-  Matrix x, w, A, B;
+  Matrix x;
+  Weight w;
+  Matrix A, B;
   int64_t N, K, O, r;  // rows of x, its width, the width of y, the rank
   float scaling;
   Dtype dtype;
@@ -102,12 +104,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor&
   const auto wants = [&](int input) { return (wanted >> input & 1) != 0; };
   const bool x_grad = wants(0), w_grad = wants(1), b_grad = wants(2), A_grad = wants(3), B_grad = wants(4);
   Matrix dx = new_matrix(x_in, with_width(x_in, l.K), x_in.scalar_type(), x_grad);
-  Matrix dw = new_matrix(x_in, {l.O, l.K}, weight.scalar_type(), w_grad);
   Matrix dA = new_matrix(x_in, {l.r, l.K}, lora_A.scalar_type(), A_grad);
   Matrix dB = new_matrix(x_in, {l.O, l.r}, lora_B.scalar_type(), B_grad);
   Sums db(x_in, l.O, b_grad);
 
-  if (w_grad) gemm(product(dw, dy.operand(true), l.x.operand(), l.N, l.dtype));
+  const Tensor dw = l.w.gradient(dy, l.x, l.dtype, w_grad);
   if (b_grad) column_sums(dy.dtype, dy.data(), l.O, db.data(), l.N, l.O);
   if (B_grad) gemm(product(dB, dy.operand(true), low.operand(), l.N, l.dtype));
   if (x_grad || A_grad) {
@@ -120,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor&
       gemm(product_from(start, dx, dy.operand(), l.w.operand(), l.O, l.dtype));
     }
   }
-  return {dx.tensor, dw.tensor, db.as(weight.scalar_type()), dA.tensor, dB.tensor};
+  return {dx.tensor, dw, db.as(weight.scalar_type()), dA.tensor, dB.tensor};
 }
 
 }  // namespace

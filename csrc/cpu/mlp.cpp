@@ -23,9 +23,10 @@ std::tuple<Tensor, Tensor> mlp_fwd(const Tensor& x_in, const Tensor& fc_weight, 
                                    const std::string& activation, ScalarType type, bool keep) {
   const Activation act = activation_of(activation);
   const Dtype dtype = dtype_of("dtype", type);
-  const Matrix x("x", x_in), w1("fc_weight", fc_weight, fc_weight.size(0), x.columns);
+  const Matrix x("x", x_in);
+  const Weight w1("fc_weight", fc_weight, fc_weight.size(0), x.columns);
   const int64_t N = x.rows, M = w1.rows;
-  const Matrix w2("proj_weight", proj_weight, proj_weight.size(0), M);
+  const Weight w2("proj_weight", proj_weight, proj_weight.size(0), M);
   const Bias b1("fc_bias", fc_bias, M), b2("proj_bias", proj_bias, w2.rows);
   Matrix y = new_matrix(x_in, with_width(x_in, w2.rows), type), h = new_matrix(x_in, {N, M}, type);
   Matrix a = keep ? new_matrix(x_in, {N, M}, type) : h;
@@ -43,17 +44,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dy_in, 
                                                            const Tensor& fc_weight, const Tensor& proj_weight,
                                                            const std::string& activation, int64_t wanted) {
   const Activation act = activation_of(activation);
-  const Matrix dy("dy", dy_in), x("x", x_in), w1("fc_weight", fc_weight, fc_weight.size(0), x.columns);
+  const Matrix dy("dy", dy_in), x("x", x_in);
+  const Weight w1("fc_weight", fc_weight, fc_weight.size(0), x.columns);
   const int64_t N = x.rows, C = x.columns, M = w1.rows, O = dy.columns;
-  const Matrix h("h", h_in, N, M), w2("proj_weight", proj_weight, O, M);
+  const Matrix h("h", h_in, N, M);
+  const Weight w2("proj_weight", proj_weight, O, M);
   STD_TORCH_CHECK(dy.rows == N, "dy must have as many rows as x");
   const auto wants = [&](int input) { return (wanted >> input & 1) != 0; };
   const bool x_grad = wants(0), w1_grad = wants(1), b1_grad = wants(2), w2_grad = wants(3), b2_grad = wants(4);
   const bool h_grad = x_grad || w1_grad || b1_grad;
   const ScalarType type = h_in.scalar_type();
   Matrix dx = new_matrix(x_in, with_width(x_in, C), x_in.scalar_type(), x_grad);
-  Matrix dw1 = new_matrix(x_in, {M, C}, fc_weight.scalar_type(), w1_grad);
-  Matrix dw2 = new_matrix(x_in, {O, M}, proj_weight.scalar_type(), w2_grad);
   Sums db1(x_in, M, b1_grad), db2(x_in, O, b2_grad);
   Matrix a = new_matrix(x_in, {N, M}, type, w2_grad), dh = new_matrix(x_in, {N, M}, type, h_grad);
 
@@ -64,11 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(const Tensor& dy_in, 
   } else if (w2_grad) {
     activation_forward(act, h.dtype, h.data(), a.data(), N * M);
   }
-  if (w2_grad) gemm(product(dw2, dy.operand(true), a.operand(), N, h.dtype));
+  const Tensor dw2 = w2.gradient(dy, a, h.dtype, w2_grad);
   if (b2_grad) column_sums(dy.dtype, dy.data(), O, db2.data(), N, O);
-  if (w1_grad) gemm(product(dw1, dh.operand(true), x.operand(), N, h.dtype));
+  const Tensor dw1 = w1.gradient(dh, x, h.dtype, w1_grad);
   if (x_grad) gemm(product(dx, dh.operand(), w1.operand(), M, h.dtype));
-  return {dx.tensor, dw1.tensor, db1.as(fc_weight.scalar_type()), dw2.tensor, db2.as(proj_weight.scalar_type())};
+  return {dx.tensor, dw1, db1.as(fc_weight.scalar_type()), dw2, db2.as(proj_weight.scalar_type())};
 }
 
 }  // namespace

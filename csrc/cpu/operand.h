@@ -43,6 +43,29 @@ inline Matrix new_matrix(const Tensor& like, const std::vector<int64_t>& sizes, 
   return {"result", torch::stable::new_empty(like, wanted ? sizes : std::vector<int64_t>{0}, type)};
 }
 
+// Whether a weight (out, in) lies as (in, out): the transposed view of one that its owner keeps so (GPT-2's Conv1D).
+inline bool lies_transposed(const Tensor& w) {
+  return w.dim() == 2 && w.stride(0) == 1 && w.stride(1) == w.size(0) && !w.is_contiguous();
+}
+
+// A weight (out, in) read as it lies, and its gradient laid out alike.
+struct Weight {
+  bool flipped;  // lies as (in, out)
+  Matrix stored;
+  int64_t rows, columns;  // out, in
+
+  Weight(const char* name, const Tensor& w, int64_t want_rows, int64_t want_columns)
+      : flipped(lies_transposed(w)), stored(name, flipped ? torch::stable::transpose(w, 0, 1) : w),
+        rows(flipped ? stored.columns : stored.rows), columns(flipped ? stored.rows : stored.columns) {
+    STD_TORCH_CHECK(w.dim() == 2 && rows == want_rows && columns == want_columns, name, " must have the shape (", want_rows,
+                    ", ", want_columns, "), got (", rows, ", ", columns, ")");
+  }
+  Operand operand(bool transposed = false) const { return stored.operand(transposed != flipped); }
+
+  // dy^T x for dy (N, out) and x (N, in), of this weight's shape, dtype and layout; without elements where not wanted.
+  Tensor gradient(const Matrix& dy, const Matrix& x, Dtype compute, bool wanted) const;
+};
+
 // x's shape with another last dimension.
 inline std::vector<int64_t> with_width(const Tensor& x, int64_t width) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -76,6 +99,14 @@ struct Bias {
 // c = a b, all of c, with K terms a sum and operands rounded to `compute`.
 inline Product product(Matrix& c, Operand a, Operand b, int64_t K, Dtype compute) {
   return {c.rows, c.columns, K, a, b, c.data(), c.columns, c.dtype, compute};
+}
+
+inline Tensor Weight::gradient(const Matrix& dy, const Matrix& x, Dtype compute, bool wanted) const {
+  Matrix dw = new_matrix(stored.tensor, {stored.rows, stored.columns}, stored.tensor.scalar_type(), wanted);
+  if (!wanted) return dw.tensor;
+  gemm(flipped ? product(dw, x.operand(true), dy.operand(), dy.rows, compute)
+               : product(dw, dy.operand(true), x.operand(), dy.rows, compute));
+  return flipped ? torch::stable::transpose(dw.tensor, 0, 1) : dw.tensor;
 }
 
 }  // namespace llmfast::cpu

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_kernels.so"
@@ -65,6 +66,18 @@ def build_config() -> dict[str, str]:
         return {}
     pairs = (part.partition("=") for part in str(raw("build_config")()).split())
     return {"cpu_isa": str(raw("cpu_isa")()), **{key: value for key, _, value in pairs}}
+
+
+def lies_transposed(weight: Tensor) -> bool:
+    """Whether a weight (out, in) is the view of a contiguous (in, out), as csrc/cpu/operand.h tells it."""
+    return weight.dim() == 2 and weight.stride() == (1, weight.shape[0]) and not weight.is_contiguous()
+
+
+def gradient_like(weight: Tensor, wanted: bool = True) -> Tensor:
+    """For fakes: the empty gradient of a weight or bias, laid out as the kernels make it."""
+    if not wanted:
+        return weight.new_empty((0,))
+    return weight.new_empty(weight.shape[::-1]).t() if lies_transposed(weight) else weight.new_empty(weight.shape)
 
 
 def transforms() -> list[str]:

@@ -80,17 +80,20 @@ def decoder_layer(
     parameters: tuple[Tensor | None, ...],
     options: LayerOptions,
     dropout_p: float = 0.0,
+    attention_dropout_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(s2, m) of the stream x and the open branch, both (B, T, C); the first layer has no branch.
 
     parameters: weight and bias of norm (C,), qkv (3 C, C), out (C, C), norm, fc (F, C) and proj (C, F), where every
-    bias, and out as a whole, may be None. dropout_p acts on the attention weights and the residual branches, from the
-    default torch generator. Differentiable once. Only where ``why_not`` has no reason.
+    bias, and out as a whole, may be None; a weight may be the transposed view of an (in, out). dropout_p acts on the
+    residual branches and, unless attention_dropout_p says otherwise, on the attention weights, from the default torch
+    generator. Differentiable once. Only where ``why_not`` has no reason.
     """
     bf16 = torch.is_autocast_enabled("cpu")
-    seeds = _seeds(branch is not None) if dropout_p > 0 else None
+    attention_p = dropout_p if attention_dropout_p is None else attention_dropout_p
+    seeds = _seeds(branch is not None) if dropout_p > 0 or attention_p > 0 else None
     number = _ACTIVATION_NUMBERS[options.activation]
-    settings = (options.heads, number, options.scale, options.eps, dropout_p, dropout_p, seeds, bf16)
+    settings = (options.heads, number, options.scale, options.eps, attention_p, dropout_p, seeds, bf16)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (branch is not None and branch.requires_grad)
@@ -157,7 +160,7 @@ def _register() -> None:
             x.new_empty(x.shape if any(wants[:10]) else (0,)),
             x.new_empty(x.shape, dtype=branch_dtype) if own and any(wants[:4]) else x.new_empty((0,)),
             [
-                x.new_empty(p.shape if p is not None and want else (0,))
+                x.new_empty((0,)) if p is None else _library.gradient_like(p, want)
                 for p, want in zip(parameters, wants[2:], strict=True)
             ],
         )

@@ -105,7 +105,7 @@ def _register() -> None:
         dropout_p: float, seed: Tensor | None, dtype: torch.dtype, wanted: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         likes = (x, weight, weight.sum(1), lora_A, lora_B)
-        return tuple(t.new_empty(t.shape if wanted >> i & 1 else (0,)) for i, t in enumerate(likes))
+        return tuple(_library.gradient_like(t, bool(wanted >> i & 1)) for i, t in enumerate(likes))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _setup(ctx, inputs, output)

@@ -183,7 +183,11 @@ class _OwnLinear(torch.autograd.Function):
             dx = torch.ops.llmfast.mm.default(rows, weight, None, ctx.bf16, x.dtype is torch.bfloat16).view(x.shape)
         if needs[1]:
             flat = x.reshape(-1, x.shape[-1])
-            dw = torch.ops.llmfast.mm.default(rows.t(), flat, None, ctx.bf16, weight.dtype is torch.bfloat16)
+            to_bf16 = weight.dtype is torch.bfloat16
+            if _library.lies_transposed(weight):  # and so should its gradient, or its owner has to copy it
+                dw = torch.ops.llmfast.mm.default(flat.t(), rows, None, ctx.bf16, to_bf16).t()
+            else:
+                dw = torch.ops.llmfast.mm.default(rows.t(), flat, None, ctx.bf16, to_bf16)
         if needs[2] and bias is not None:
             db = torch.ops.llmfast.column_sums.default(rows).to(bias.dtype)
         return dx, dw, db, None

@@ -169,7 +169,7 @@ def _register() -> None:
         dy: Tensor, x: Tensor, h: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, wanted: int
     ) -> tuple[Tensor, ...]:
         likes = (x, fc_weight, fc_weight.sum(1), proj_weight, proj_weight.sum(1))
-        return tuple(t.new_empty(t.shape if wanted >> i & 1 else (0,)) for i, t in enumerate(likes))
+        return tuple(_library.gradient_like(t, bool(wanted >> i & 1)) for i, t in enumerate(likes))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _setup(ctx, inputs, output)
