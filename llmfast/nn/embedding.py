@@ -44,6 +44,13 @@ def token_rows(idx: Tensor, wte: Tensor) -> Tensor:
         raise ValueError(f"token ids must lie in [0, {len(wte)}), got ids from {low} to {high}") from None
 
 
+def document_positions(doc_ids: Tensor) -> Tensor:
+    """Each token's position in its document, (B, T) int64, where documents are the runs of equal ids in a row."""
+    places = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand(doc_ids.shape)
+    begins = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+    return places - places.where(begins, 0).cummax(1).values
+
+
 def _adds_rows(wte: Tensor, wpe: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmfast import ops
 from llmfast.config import GPTConfig
 from llmfast.nn import pretrained
-from llmfast.nn.embedding import embed, token_rows
+from llmfast.nn.embedding import document_positions, embed, token_rows
 from llmfast.nn.kv_cache import KVCache
 from llmfast.nn.layers import Block, Embedding, LayerNorm, Linear
 
@@ -96,23 +97,29 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         cache: KVCache | None = None,
+        doc_ids: Tensor | None = None,
+        reduction: str = "mean",
         return_logits: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, loss) of token ids.
 
         ``idx`` (B, T) int64 or int32; ``targets`` (B, T) int64, -100 is ignored. Without targets: logits (B, T, V)
-        and None. With targets: the mean cross-entropy (a scalar in nats), and logits only with ``return_logits``.
+        and None. With targets: the cross-entropy in nats, and logits only with ``return_logits``; ``reduction`` is
+        "mean" or "sum", a scalar, or "none", losses (B, T) with 0 where ignored.
         With ``cache``, ``idx`` continues the cached tokens and is added to them.
+        ``doc_ids`` (B, T) int keeps the documents packed into a row apart: each run of equal ids is read as if it
+        stood alone, with positions of its own from 0 on. A row must not use an id twice.
         Raises ``ValueError`` for a bad shape or dtype, a context longer than block_size, and, on the CPU, for ids
         outside the vocabulary.
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
-        x, head_weight = self._read(idx, cache)
+        x, head_weight = self._read(idx, cache, doc_ids)
         head = self.lm_head
         logits = head(x) if targets is None or return_logits else None
-        loss = None if targets is None else ops.linear_cross_entropy(x, head_weight, targets, bias=head.bias)
-        return logits, loss
+        if targets is None:
+            return logits, None
+        return logits, ops.linear_cross_entropy(x, head_weight, targets, bias=head.bias, reduction=reduction)
 
     def hidden_states(self, idx: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """What the output head reads: the normalised last hidden states (B, T, C) of ``idx`` (B, T).
@@ -121,13 +128,16 @@ class GPT(nn.Module):
         """
         return self._read(idx, cache)[0]
 
-    def _read(self, idx: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def _read(self, idx: Tensor, cache: KVCache | None, doc_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(hidden states, weight of the output head as the loss has to use it)."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
-                return self._read(idx, cache)
+                return self._read(idx, cache, doc_ids)
         T = self._check(idx)
-        x, head_weight = self._embed(idx, cache)
+        if doc_ids is not None and (doc_ids.shape != idx.shape or cache is not None):
+            got = "a cache" if cache is not None else f"shape {tuple(doc_ids.shape)}"
+            raise ValueError(f"doc_ids must have idx's shape {tuple(idx.shape)} and no cache beside it, got {got}")
+        x, head_weight = self._embed(idx, cache, doc_ids)
         branch: Any = None  # the first block has none
         if cache is not None:
             for block, layer in zip(self.transformer.h, cache.layers(T), strict=True):
@@ -135,10 +145,10 @@ class GPT(nn.Module):
             cache.advance(T)
         elif self.activation_checkpointing and torch.is_grad_enabled():
             for block in self.transformer.h:
-                x, branch = checkpoint(block, x, branch, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, None, doc_ids, use_reentrant=False)
         else:
             for block in self.transformer.h:
-                x, branch = block(x, branch)
+                x, branch = block(x, branch, None, doc_ids)
         return self.transformer.ln_f.add(branch, x, self.config.dropout if self.training else 0.0)[0], head_weight
 
     def _check(self, idx: Tensor) -> int:
@@ -150,10 +160,12 @@ class GPT(nn.Module):
             raise ValueError(f"idx holds {idx.shape[1]} tokens, block_size is {self.config.block_size}")
         return idx.shape[1]
 
-    def _embed(self, idx: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def _embed(self, idx: Tensor, cache: KVCache | None, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         wte: Tensor = self.transformer.wte.weight
         wpe: Tensor = self.transformer.wpe.weight
-        if cache is None:
+        if doc_ids is not None:
+            x, head_weight = token_rows(idx, wte) + F.embedding(document_positions(doc_ids), wpe), self.lm_head.weight
+        elif cache is None:
             x, head_weight = embed(idx, wte, wpe, self.lm_head.weight)
         else:
             x, head_weight = token_rows(idx, wte) + wpe[cache.positions(*idx.shape)], self.lm_head.weight

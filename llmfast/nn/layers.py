@@ -62,16 +62,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias) if config.attn_out_proj else None
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         # Split along dim 2, so that the gradient of the split is written once, in the layout that c_attn wants.
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_size)
         if cache is None:
             q, k, v = qkv.unbind(2)
             p = self.dropout if self.training else 0.0
-            y = ops.causal_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale, dropout_p=p
-            )
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            y = ops.causal_attention(q, k, v, scale=self.scale, dropout_p=p, doc_ids=doc_ids)
         else:
             k, v = cache.append(qkv)
             y = ops.causal_attention(qkv[:, :, 0].transpose(1, 2), k, v, scale=self.scale, kv_lens=cache.kv_lens)
@@ -109,9 +108,11 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: LayerCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: LayerCache | None = None, doc_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         p = self.dropout if self.training else 0.0
-        if cache is None and not torch.compiler.is_compiling():
+        if cache is None and doc_ids is None and not torch.compiler.is_compiling():
             parameters = self._plain_parameters()
             if parameters is not None and fused.why_not(x, parameters) is None:
                 return fused.decoder_layer(x, branch, parameters, self._options(), p)
@@ -119,7 +120,7 @@ class Block(nn.Module):
             y = self.ln_1(x)
         else:
             y, x = self.ln_1.add(branch, x, p)
-        y, x = self.ln_2.add(self.attn(y, cache), x, p)
+        y, x = self.ln_2.add(self.attn(y, cache, doc_ids), x, p)
         return x, self.mlp(y)
 
     def _options(self) -> fused.LayerOptions:
