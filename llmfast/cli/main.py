@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("llmfast.cli.generate", "write on from a prompt"),
     "chat": ("llmfast.cli.chat", "write with a model, in turns"),
     "evaluate": ("llmfast.cli.evaluate", "loss, perplexity and bits per byte on held-out text"),
+    "judge": ("llmfast.cli.judge", "score a model's responses, by a judge model or against the references"),
 }
 
 EXIT_BUG = 1

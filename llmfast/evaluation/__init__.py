@@ -1,6 +1,22 @@
-"""How good a model is: its loss on held-out tokens, and the n-gram model that it has to beat."""
+"""How good a model is: its loss on held-out tokens, the n-gram model that it has to beat, its responses' scores."""
 
+from llmfast.evaluation.judge import ModelJudge, OfflineJudge, judge_responses, parse_score, read_entries, summarise
+from llmfast.evaluation.judge_client import ChatClient
 from llmfast.evaluation.loss import Evaluation, evaluate_loss
 from llmfast.evaluation.ngram import bigram_loss
+from llmfast.evaluation.similarity import Similarity, similarity
 
-__all__ = ["Evaluation", "bigram_loss", "evaluate_loss"]
+__all__ = [
+    "ChatClient",
+    "Evaluation",
+    "ModelJudge",
+    "OfflineJudge",
+    "Similarity",
+    "bigram_loss",
+    "evaluate_loss",
+    "judge_responses",
+    "parse_score",
+    "read_entries",
+    "similarity",
+    "summarise",
+]
