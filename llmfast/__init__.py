@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "GPTConfig": "llmfast.config",
     "TrainConfig": "llmfast.config",
+    "FinetuneConfig": "llmfast.config",
+    "LoRAConfig": "llmfast.config",
     "PretrainConfig": "llmfast.config",
     "UserError": "llmfast.errors",
     "use_backend": "llmfast.ops",
@@ -23,7 +25,8 @@ _EXPORTS = {
     "load_tokenizer": "llmfast.tokenizer",
     "prepare": "llmfast.data",
 }
-_SUBMODULES = {"ops", "nn", "data", "tokenizer", "checkpoint", "generation", "training", "evaluation", "kernels"}
+_SUBMODULES = {"ops", "nn", "data", "tokenizer", "checkpoint", "generation", "training", "finetuning", "evaluation"}
+_SUBMODULES |= {"kernels"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from llmfast.errors import UserError
 
@@ -137,6 +137,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters beside linear layers (Hu et al. 2021): W x + (alpha / r) B A dropout(x).
+
+    ``targets`` are ends of module names (``"c_attn"``, ``"mlp.c_proj"``, ``"lm_head"``), or ``"all-linear"``, which
+    is every linear layer but the output head, as in PEFT. ``split_qkv`` gives the fused query/key/value projection
+    one adapter each for q, k and v. Raises ``UserError`` for values that make no adapter.
+    """
+
+    r: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    split_qkv: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise UserError(f"lora_r must be a positive integer, got {self.r!r}")
+        if not _is_number(self.alpha) or not self.alpha > 0:
+            raise UserError(f"lora_alpha must be a number above 0, got {self.alpha!r}")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora_dropout must lie in [0, 1), got {self.dropout!r}")
+        if not self.targets or isinstance(self.targets, str) or not all(isinstance(t, str) and t for t in self.targets):
+            raise UserError(f"lora_targets must be names of modules, got {self.targets!r}")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+
 @dataclass
 class TrainConfig:
     """Options of the training loop, whatever it trains."""
@@ -176,9 +206,10 @@ class TrainConfig:
     activation_checkpointing: bool = option(False, "recompute activations in backward: less memory, more time")
 
     log_every: int = option(10, "steps between metrics lines")
-    eval_every: int = option(250, "steps between evaluations (0: only at the end)")
+    eval_every: int | None = option(250, "steps between evaluations (0: only at the end)")
     eval_batches: int = option(20, "micro batches in one evaluation (0: the whole split)")
     eval_train: bool = option(False, "also estimate the training loss at every evaluation, without dropout")
+    patience: int | None = option(None, "stop after so many evaluations without a lower validation loss")
     sample_every: int | None = option(None, "steps between samples (default: with every evaluation; 0: never)")
     sample_prompt: str = option("\n", "prompt of the samples")
     sample_tokens: int = option(128, "length of a sample, in tokens")
@@ -219,6 +250,54 @@ class PretrainConfig(TrainConfig):
     activation: Activation | None = option(None, "model option: MLP activation")
     tie_embeddings: bool | None = option(None, "model option: output head shares the token embedding")
     init: Init | None = option(None, "model option: weight initialisation")
+
+
+@dataclass
+class FinetuneConfig(TrainConfig):
+    """Options of every fine-tuning: the loop's, the base model's, the data's, and what of the model is trained."""
+
+    checkpoint: str = field(
+        kw_only=True,
+        metadata={"help": "the base: a run (its best checkpoint), its checkpoints folder, or a checkpoint"},
+    )
+    data: str = field(kw_only=True, metadata={"help": "the examples: one file"})
+    val_data: str | None = option(None, "examples for validation (default: a part of --data)")
+    test_data: str | None = option(None, "examples for the test at the end (default: a part of --data)")
+    val_fraction: float = option(0.1, "part of --data kept for validation")
+    test_fraction: float = option(0.2, "part of --data kept for the test at the end")
+    split_seed: int = option(123, "seed of the split")
+    skip_bad: bool = option(False, "leave out examples that cannot be used, and say how many, instead of stopping")
+    max_length: int | None = option(None, "cut examples to so many tokens (default: a longer one is an error)")
+    dropout: float | None = option(None, "model option: dropout (default: the base's)")
+    tokenizer: str | None = option(None, "the base's tokenizer, where its checkpoint holds none")
+
+    train: Literal["all", "lora"] = option("all", "what is trained: all parameters, or low-rank adapters beside them")
+    lora_r: int = option(16, "rank of the adapters")
+    lora_alpha: float = option(16.0, "the adapters' output is scaled by alpha / r")
+    lora_dropout: float = option(0.0, "dropout in front of the adapters")
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={
+            "help": "modules that get an adapter, by the end of their names, as c_attn, mlp.c_proj or lm_head; "
+            "all-linear: all but the output head"
+        },
+    )
+    lora_split_qkv: bool = option(False, "one adapter each for query, key and value, instead of one for all three")
+
+    epochs: float | None = option(3.0, "passes over the training examples; replaces --max-steps")
+    learning_rate: float = option(5e-5, "peak learning rate")
+    warmup_steps: int = option(10, "steps of linear warm-up")
+    eval_every: int | None = option(None, "steps between evaluations (default: once an epoch; 0: only at the end)")
+    eval_batches: int = option(0, "micro batches in one evaluation (0: the whole split)")
+
+    # Options of the loop that fine-tunings do not have.
+    hidden: ClassVar[tuple[str, ...]] = ("block_size", "stride", "sampling", "shuffle")
+
+    @property
+    def lora(self) -> LoRAConfig:
+        return LoRAConfig(
+            self.lora_r, self.lora_alpha, self.lora_dropout, tuple(self.lora_targets), self.lora_split_qkv
+        )
 
 
 MODEL_OVERRIDES = "vocab_size n_layer n_head n_embd dropout bias qkv_bias activation tie_embeddings init".split()

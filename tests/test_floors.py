@@ -15,7 +15,7 @@ FLOORS = {
     "nn": 2, "data": 2,
     "checkpoint": 3, "generation": 3,
     "training": 4,
-    "evaluation": 5,
+    "finetuning": 5, "evaluation": 5,
     "cli": 6,
 }  # fmt: skip
 # The package's own version is the one name that any room may take from the top.

@@ -19,6 +19,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenizer": ("llmfast.cli.tokenizer", "turn text into token ids and back; train a tokenizer"),
     "prepare": ("llmfast.cli.prepare", "turn text into token shards"),
     "pretrain": ("llmfast.cli.pretrain", "train a model on text"),
+    "finetune": ("llmfast.cli.finetune", "fit a trained model to a task"),
     "plan": ("llmfast.cli.plan", "parameters, memory and time of a pretraining before it starts"),
     "generate": ("llmfast.cli.generate", "write on from a prompt"),
     "chat": ("llmfast.cli.chat", "write with a model, in turns"),

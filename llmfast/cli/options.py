@@ -95,10 +95,15 @@ class Option:
 
 
 def options_of(cls: type) -> tuple[Option, ...]:
-    """The options of a dataclass, those that it declares itself before those that it inherits."""
+    """The options of a dataclass, those that it declares itself before those that it inherits.
+
+    Fields that it names in ``hidden`` are no options: something inherited that has no meaning there.
+    """
     hints = typing.get_type_hints(cls)
     found = []
     for field in dataclasses.fields(cls):
+        if field.name in getattr(cls, "hidden", ()):
+            continue
         owner = next(base for base in reversed(cls.__mro__) if field.name in inspect.get_annotations(base))
         default = field.default
         if field.default_factory is not dataclasses.MISSING:

@@ -4,5 +4,21 @@ from llmfast.nn.gpt import GPT
 from llmfast.nn.int8 import quantize_int8
 from llmfast.nn.kv_cache import KVCache
 from llmfast.nn.layers import MLP, Block, CausalSelfAttention, Embedding, LayerNorm, Linear
+from llmfast.nn.lora import LoRALinear, add_lora, lora_disabled, lora_state_dict, merge_lora
 
-__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "Embedding", "KVCache", "LayerNorm", "Linear", "quantize_int8"]
+__all__ = [
+    "GPT",
+    "MLP",
+    "Block",
+    "CausalSelfAttention",
+    "Embedding",
+    "KVCache",
+    "LayerNorm",
+    "Linear",
+    "LoRALinear",
+    "add_lora",
+    "lora_disabled",
+    "lora_state_dict",
+    "merge_lora",
+    "quantize_int8",
+]

@@ -20,6 +20,7 @@ from llmfast.nn import pretrained
 from llmfast.nn.embedding import document_positions, embed, token_rows
 from llmfast.nn.kv_cache import KVCache
 from llmfast.nn.layers import Block, Embedding, LayerNorm, Linear
+from llmfast.nn.lora import LoRALinear
 
 
 class Decoder(nn.Module):
@@ -116,6 +117,10 @@ class GPT(nn.Module):
             raise ValueError(f"targets must have idx's shape {tuple(idx.shape)}, got {tuple(targets.shape)}")
         x, head_weight = self._read(idx, cache, doc_ids)
         head = self.lm_head
+        if targets is not None and isinstance(head, LoRALinear):  # its product is none that the fused loss knows
+            logits = head(x)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            return logits if return_logits else None, loss
         logits = head(x) if targets is None or return_logits else None
         if targets is None:
             return logits, None

@@ -15,7 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from llmfast import ops
 from llmfast.config import GPTConfig
 from llmfast.nn.kv_cache import LayerCache
+from llmfast.nn.lora import LoRALinear
 from llmfast.ops import decoder_layer as fused
+from llmfast.ops.mlp import activate
 
 
 class Linear(nn.Linear):
@@ -89,6 +91,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
+        if isinstance(fc, LoRALinear) or isinstance(proj, LoRALinear):
+            return proj(activate(fc(x), self.activation))
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
 
 

@@ -16,7 +16,10 @@ from llmfast.errors import UserError
 
 
 class BatchSource(Protocol):
-    """A fine-tuning's own data: ``batch(p)`` holds samples p .. p + micro_batch_size - 1, wrapping after an epoch."""
+    """A fine-tuning's own data: ``batch(p)`` holds samples p .. p + micro_batch_size - 1, wrapping after an epoch.
+
+    It may offer ``sha256``, by which a resume knows the data again.
+    """
 
     samples_per_epoch: int
 
@@ -62,9 +65,9 @@ class EvalBatches:
 
 
 def fingerprint(data: Any) -> dict[str, Any]:
-    """What a resume must find again: the number of tokens and a hash of 64 places (of own batches: their number)."""
+    """What a resume must find again: the number of tokens and a hash of 64 places (of own batches: their own hash)."""
     if hasattr(data, "batch"):
-        return {"samples": data.samples_per_epoch}
+        return {"samples": data.samples_per_epoch, "sha256": getattr(data, "sha256", None)}
     tokens = len(data)
     length = min(tokens, 256)
     digest = hashlib.sha256()

@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-METRICS = "step tokens loss train_loss val_loss lr grad_norm tokens_per_second mfu".split()
+from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means
+
+METRICS = "step tokens loss train_loss val_loss lr grad_norm tokens_per_second mfu".split()  # the order in a line
 PLOT_SECONDS = 60.0  # at most so often while the run lasts: a plot takes a third of a second
 LINE_SECONDS = 10.0  # where no bar can be drawn
 
@@ -26,8 +28,9 @@ class Report:
     step appears twice.
     """
 
-    def __init__(self, directory: Path, *, done: int, total: int, progress: bool) -> None:
+    def __init__(self, directory: Path, *, done: int, total: int, unit: str = "token", progress: bool) -> None:
         self._directory = directory
+        self._unit = unit
         self._path = directory / "metrics.jsonl"
         self._samples = directory / "samples.txt"
         self._total = total
@@ -56,14 +59,15 @@ class Report:
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Append one line; values that are None are left out."""
-        known = {key: values[key] for key in METRICS if values.get(key) is not None}
-        line = {key: value for key, value in known.items() if math.isfinite(value)}  # JSON has no other numbers
+        known = {key: values[key] for key in dict.fromkeys((*METRICS, *values)) if values.get(key) is not None}
+        # JSON has no other numbers.
+        line = {key: value for key, value in known.items() if not isinstance(value, float) or math.isfinite(value)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._bar.set_postfix_str(_numbers(line), refresh=False)
+        self._bar.set_postfix_str(self._numbers(line), refresh=False)
         evaluated = "val_loss" in line or line["step"] == self._total
         if evaluated or (self._bar.disable and time.monotonic() - self._printed > LINE_SECONDS):
-            self.say(f"step {line['step']:,}/{self._total:,}  {_numbers(line)}")
+            self.say(f"step {line['step']:,}/{self._total:,}  {self._numbers(line)}")
             self._printed = time.monotonic()
 
     def sample(self, step: int, text: str) -> None:
@@ -81,36 +85,51 @@ class Report:
         from matplotlib.figure import Figure
 
         lines = [json.loads(line) for line in _lines(self._path)]
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        shown = ["loss", *_measured(lines)]
+        figure = Figure(figsize=(7 if len(shown) == 1 else 4.5 * len(shown), 4.5), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        curves = (
-            ("loss", "training", "-"),
-            ("train_loss", "training, without dropout", "o-"),
-            ("val_loss", "validation", "o-"),
-        )
-        for key, label, style in curves:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
-        axes.set(xlabel="step", ylabel="cross-entropy (nats a token)")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        for place, name in enumerate(shown, 1):
+            axes = figure.add_subplot(1, len(shown), place)
+            curves = ((name, "training", "-"), (f"train_{name}", "training, without dropout", "o-"))
+            for key, label, style in (*curves, (f"val_{name}", "validation", "o-")):
+                points = [(line["step"], line[key]) for line in lines if key in line]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+            axes.set(
+                xlabel="step", ylabel=f"loss (nats per {self._unit})" if name == "loss" else name.replace("_", " ")
+            )
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
         unfinished = self._directory / ".loss.png"
         figure.savefig(unfinished, format="png", dpi=120)
         os.replace(unfinished, self._directory / "loss.png")
         self._plotted = time.monotonic()
 
+    def _numbers(self, line: dict[str, Any]) -> str:
+        short = {"loss": "loss", "train_loss": "train", "val_loss": "val"}
+        parts = [f"{label} {line[key]:.4f}" for key, label in short.items() if key in line]
+        others = (key for key in line if key.startswith("val_") and key != "val_loss")
+        parts += [f"{key.replace('_', ' ')} {line[key]:.4g}" for key in others if isinstance(line[key], float)]
+        if (rate := line.get(f"{self._unit}s_per_second")) is not None:
+            parts.append(f"{rate:,.0f} {self._unit}s/s")
+        if "mfu" in line:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        return "  ".join(parts)
+
 
 class Speed:
-    """Loss, tokens/s and MFU since the last metrics line, and tokens/s of the whole run.
+    """Loss, metrics, tokens/s and MFU since the last metrics line, and tokens/s of the whole run.
 
     ``flops`` is the work of one token, ``peak`` the device's FLOP/s; without them there is no MFU. Evaluations,
-    samples and checkpoints stand between ``read`` and ``restart`` and do not count.
+    samples and checkpoints stand between ``read`` and ``restart`` and do not count. ``unit`` is what is counted where
+    that is not tokens.
     """
 
-    def __init__(self, flops: float | None, peak: float | None) -> None:
+    def __init__(
+        self, flops: float | None, peak: float | None, metrics_fn: MetricsFunction = means, unit: str = "token"
+    ) -> None:
+        self._metrics_fn, self._unit = metrics_fn, unit
         self._share = flops / peak if flops and peak else None
         self._all_tokens, self._all_seconds = 0, 0.0
         self.restart()
@@ -118,36 +137,33 @@ class Speed:
     def restart(self) -> None:
         self._tokens = 0
         self._loss: Any = 0.0
+        self._sums: Sums = {}
         self._began = time.perf_counter()
 
-    def add(self, loss: Tensor, tokens: int) -> None:
+    def add(self, loss: Tensor, tokens: int, sums: Sums) -> None:
         self._loss = self._loss + loss * tokens
+        add_sums(self._sums, sums)
         self._tokens += tokens
 
-    def read(self) -> dict[str, float | None]:
-        """The values of a metrics line; waits for the device."""
+    def read(self) -> dict[str, Any]:
+        """The values of a metrics line, of the metrics only single numbers; waits for the device."""
         loss = float(self._loss) / self._tokens
         seconds = time.perf_counter() - self._began
         self._all_tokens, self._all_seconds = self._all_tokens + self._tokens, self._all_seconds + seconds
         rate = self._tokens / seconds
-        return {"loss": loss, "tokens_per_second": rate, "mfu": rate * self._share if self._share else None}
+        measured = {k: v for k, v in self._metrics_fn(self._sums, self._tokens).items() if isinstance(v, float)}
+        mfu = rate * self._share if self._share else None
+        return {"loss": loss, **measured, f"{self._unit}s_per_second": rate, "mfu": mfu}
 
     @property
     def overall(self) -> float | None:
         return self._all_tokens / self._all_seconds if self._all_tokens else None
 
 
-def _numbers(line: dict[str, Any]) -> str:
-    parts = [f"loss {line['loss']:.4f}"] if "loss" in line else []
-    if "train_loss" in line:
-        parts.append(f"train {line['train_loss']:.4f}")
-    if "val_loss" in line:
-        parts.append(f"val {line['val_loss']:.4f}")
-    if "tokens_per_second" in line:
-        parts.append(f"{line['tokens_per_second']:,.0f} tokens/s")
-    if "mfu" in line:
-        parts.append(f"MFU {line['mfu']:.1%}")
-    return "  ".join(parts)
+def _measured(lines: list[dict[str, Any]]) -> list[str]:
+    """The metrics, other than the loss, that evaluations gave as single numbers."""
+    keys = dict.fromkeys(key for line in lines for key in line if key.startswith("val_") and key != "val_loss")
+    return [key.removeprefix("val_") for key in keys if any(isinstance(line.get(key), float) for line in lines)]
 
 
 def _header(step: int) -> str:

@@ -21,7 +21,8 @@ from llmfast.training.update import Update
 # These decide every update.
 FIXED = (
     "seed batch_size block_size stride sampling shuffle learning_rate min_learning_rate schedule warmup_steps "
-    "weight_decay decay beta1 beta2 adam_eps grad_clip"
+    "weight_decay decay beta1 beta2 adam_eps grad_clip "
+    "checkpoint train lora_r lora_alpha lora_dropout lora_targets lora_split_qkv max_length"
 ).split()
 # These change rounding, or how dropout draws.
 ROUNDING = "device dtype backend compile micro_batch_size activation_checkpointing".split()
@@ -36,6 +37,7 @@ class Progress:
     tokens: int = 0
     val_loss: float | None = None
     best_val_loss: float | None = None
+    stale: int = 0  # evaluations since the best one
 
 
 def identity(model: nn.Module, config: TrainConfig, train_data: Any) -> dict[str, Any]:
@@ -90,7 +92,9 @@ def resume(
     notes = [f"resuming from {path} (step {saved['step']:,})"]
     if changed:
         notes.append(f"the run goes on, but not bit for bit: {'; '.join(changed)}")
-    return Progress(**{field.name: saved[field.name] for field in dataclasses.fields(Progress)}), path, notes
+    # An earlier version's checkpoint lacks what was added since.
+    known = {field.name: saved[field.name] for field in dataclasses.fields(Progress) if field.name in saved}
+    return Progress(**known), path, notes
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

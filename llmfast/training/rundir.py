@@ -61,8 +61,10 @@ class RunDirectory:
             self._lock.close()
 
     def write_config(self, config: TrainConfig) -> None:
-        """Write ``config.toml``; ``resume`` is left out, so that the file starts the same run elsewhere."""
-        values = {key: value for key, value in dataclasses.asdict(config).items() if key != "resume"}
+        """Write ``config.toml``; ``resume`` is left out, so that the file starts the same run elsewhere, and what is
+        no option of this kind of run."""
+        left_out = {"resume", *getattr(config, "hidden", ())}
+        values = {key: value for key, value in dataclasses.asdict(config).items() if key not in left_out}
         new = self.path / f".{CONFIG_FILE}"
         new.write_text(to_toml(values), encoding="utf-8")
         os.replace(new, self.path / CONFIG_FILE)

@@ -10,7 +10,7 @@ from typing import Any
 from llmfast.config import TrainConfig, suggest
 from llmfast.errors import UserError
 
-_AT_LEAST_ONE = "max_steps micro_batch_size batch_size block_size stride threads log_every keep".split()
+_AT_LEAST_ONE = "max_steps micro_batch_size batch_size block_size stride threads log_every keep patience".split()
 _NOT_NEGATIVE = (
     "warmup_steps weight_decay min_learning_rate grad_clip "
     "eval_every eval_batches sample_every sample_tokens save_every"
@@ -47,6 +47,7 @@ def resolve(config: TrainConfig, *, device: str, dtype: str, block_size: int, sa
     steps = config.max_steps
     if config.epochs is not None:
         steps = max(1, int(config.epochs * samples_per_epoch / batch))
+    eval_every = _or(config.eval_every, max(1, samples_per_epoch // batch))
     values: dict[str, Any] = dict(
         device=device,
         dtype=dtype,
@@ -56,8 +57,9 @@ def resolve(config: TrainConfig, *, device: str, dtype: str, block_size: int, sa
         block_size=block_size,
         stride=config.stride or block_size,
         min_learning_rate=_or(config.min_learning_rate, config.learning_rate / 10),
-        sample_every=_or(config.sample_every, config.eval_every),
-        save_every=_or(config.save_every, config.eval_every),
+        eval_every=eval_every,
+        sample_every=_or(config.sample_every, eval_every),
+        save_every=_or(config.save_every, eval_every),
     )
     return dataclasses.replace(config, **values)
 

@@ -24,6 +24,7 @@ from llmfast.training.diagnose import first_bad
 from llmfast.training.errors import NotFiniteError, TrainingError, is_out_of_memory
 from llmfast.training.feed import EvalBatches, training_batches
 from llmfast.training.interrupt import StopRequest
+from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means
 from llmfast.training.optimizer import build_optimizer
 from llmfast.training.report import Report, Speed
 from llmfast.training.resume import Progress, identity, resume, training_state
@@ -36,7 +37,8 @@ IGNORE_INDEX = -100
 SAMPLE_TEMPERATURE = 0.8
 
 Batch = tuple[Tensor, ...]
-LossFunction = Callable[[Any, Batch], tuple[Tensor, int]]
+# (mean loss, count), or (mean loss, count, sums of what else is measured)
+LossFunction = Callable[[Any, Batch], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class TrainResult:
     checkpoint: Path | None  # the newest
     best_checkpoint: Path | None
     interrupted: str | None  # SIGINT or SIGTERM, where one ended the run early
+    stopped_early: bool = False  # the validation loss did not fall for ``patience`` evaluations
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else the last evaluation measured
 
     def to_dict(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
@@ -81,6 +85,11 @@ class Trainer:
     batches are weighted by their counts, so that an accumulated step equals the full batch. Default: the loss of
     ``model(inputs, targets)``, targets of -100 left out. ``tokenizer`` is saved with every checkpoint and reads and
     writes the samples; ``progress=False`` keeps standard error silent.
+
+    A loss function may return a third value, a dict of tensors: sums over its ``count`` tokens of what else is to be
+    measured. ``metrics_fn(sums, count)`` makes metrics of them (default: each sum divided by the count) for the lines
+    of metrics.jsonl: of the training batches since the last line under their own names, of an evaluation with
+    ``val_`` before them. ``unit`` names what ``count`` counts. Only parameters that require gradients are trained.
     """
 
     def __init__(
@@ -92,12 +101,16 @@ class Trainer:
         *,
         tokenizer: Any = None,
         loss_fn: LossFunction | None = None,
+        metrics_fn: MetricsFunction = means,
+        unit: str = "token",
         progress: bool = True,
     ) -> None:
         check(config)
         self.model = model
         self.tokenizer = tokenizer
         self.progress = progress
+        self.metrics_fn = metrics_fn
+        self.unit = unit
         self.train_data = train_data
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
@@ -165,6 +178,8 @@ class Trainer:
         model.to(self.device).train()
         model.activation_checkpointing = config.activation_checkpointing  # type: ignore[assignment]
         runs = torch.compile(model) if config.compile else model
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError("nothing to train: no parameter of the model requires a gradient")
         optimizer = build_optimizer(model, config)
         update = Update(optimizer, config.grad_clip, self.device, self.dtype)
         who = identity(model, config, self.train_data)
@@ -174,27 +189,28 @@ class Trainer:
         run.write_config(config)
 
         began = time.perf_counter()
-        speed = Speed(flops_per_token(model, self.block_size), peak_flops(self.device, self.dtype))
-        train_loss = None
+        flops = flops_per_token(model, self.block_size) if self.unit == "token" else None
+        speed = Speed(flops, peak_flops(self.device, self.dtype), self.metrics_fn, self.unit)
+        train_loss, metrics = None, dict[str, Any]()
         stopping = False
-        with Report(run.path, done=done.step, total=config.max_steps, progress=self.progress) as report:
+        with Report(run.path, done=done.step, total=config.max_steps, unit=self.unit, progress=self.progress) as report:
             for note in (*notes, dtype_note(self.device, self.dtype)):
                 if note:
                     report.say(note)
-            while done.step < config.max_steps and not stopping:
+            while done.step < config.max_steps and not stopping and not _has_enough(done, config):
                 lr = learning_rate_at(done.step, config, config.max_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
                 # The gradients of one optimizer step, over as many micro batches as it takes.
-                loss, tokens, divisor = self._gradients(runs, update, done.position)
+                loss, tokens, divisor, sums = self._gradients(runs, update, done.position)
                 norm = update.apply(done.step, loss, divisor)  # raises before it changes a weight
                 optimizer.zero_grad(set_to_none=True)
 
                 done.step += 1
                 done.position += self.batch_size
                 done.tokens += tokens
-                speed.add(loss, tokens)
+                speed.add(loss, tokens, sums)
                 report.advance()
 
                 stopping = stop.requested is not None
@@ -207,14 +223,19 @@ class Trainer:
                     continue
 
                 update.check(done.step)  # here the host waits for the device
-                line = {"step": done.step, "tokens": done.tokens, "lr": lr, "grad_norm": norm.item(), **speed.read()}
+                line = {"step": done.step, f"{self.unit}s": done.tokens, "lr": lr, "grad_norm": norm.item()}
+                line |= speed.read()
                 if evaluates and config.eval_train:
-                    line["train_loss"] = train_loss = self._evaluate(runs, self.train_batches, stop)
+                    line |= self._evaluate(runs, self.train_batches, stop, "train_")
+                    train_loss = line.get("train_loss")
                 improves = False
-                if evaluates and (value := self._evaluate(runs, self.val_batches, stop)) is not None:
-                    done.val_loss = line["val_loss"] = value
+                if evaluates and (metrics := self._evaluate(runs, self.val_batches, stop, "val_")):
+                    line |= metrics
+                    done.val_loss = value = metrics["val_loss"]
                     improves = done.best_val_loss is None or value < done.best_val_loss
                     done.best_val_loss = value if improves else done.best_val_loss
+                    done.stale = 0 if improves else done.stale + 1
+                    saves = saves or _has_enough(done, config)
                 report.metrics(line)
                 if samples:
                     report.sample(done.step, self._sample())
@@ -236,7 +257,9 @@ class Trainer:
             if stopping:
                 train_loss = None  # of an earlier step
             elif train_loss is None:
-                train_loss = self._evaluate(runs, self.train_batches, stop)
+                train_loss = self._evaluate(runs, self.train_batches, stop).get("loss")
+            if enough := _has_enough(done, config):
+                report.say(f"stopped early: {done.stale} evaluations without a lower validation loss")
             report.plot(now=True)
 
         return TrainResult(
@@ -251,22 +274,26 @@ class Trainer:
             checkpoint=saved,
             best_checkpoint=read_pointer(run.checkpoints, "best"),
             interrupted=stop.requested,
+            stopped_early=enough,
+            metrics=metrics,
         )
 
-    def _gradients(self, model: Any, update: Update, position: int) -> tuple[Tensor, int, float]:
-        """Leave ``divisor`` times the step's gradients in ``.grad``: (mean loss, tokens, divisor).
+    def _gradients(self, model: Any, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
+        """Leave ``divisor`` times the step's gradients in ``.grad``: (mean loss, tokens, divisor, sums).
 
         Each micro batch is weighted by its share of the tokens. That share is known only after the last one, so the
         weights are relative to the first, and what is missing is the divisor: 1 where no target is masked.
         """
         config = self.config
         total: Tensor | float = 0.0
+        sums: Sums = {}
         tokens = unit = 0
         for start in range(position, position + self.batch_size, config.micro_batch_size):
             with self._autocast():
-                loss, count = self.loss_fn(model, self._to_device(self.batches.batch(start)))
+                loss, count, *measured = self.loss_fn(model, self._to_device(self.batches.batch(start)))
             if count == 0:
                 continue
+            add_sums(sums, *measured)
             unit = unit or count * (self.batch_size // config.micro_batch_size)
             weighted = loss if count == unit else loss * (count / unit)
             update.backward(weighted)
@@ -275,22 +302,25 @@ class Trainer:
         if not isinstance(total, Tensor):
             raise TrainingError(f"every target of the samples from {position} on is masked: nothing to learn from")
         divisor = tokens / unit
-        return (total if divisor == 1.0 else total / divisor), tokens, divisor
+        return (total if divisor == 1.0 else total / divisor), tokens, divisor, sums
 
     @torch.no_grad()
-    def _evaluate(self, model: Any, batches: EvalBatches | None, stop: StopRequest) -> float | None:
-        """The mean loss over ``batches`` without dropout; None where a stop is requested meanwhile."""
-        total, tokens = 0.0, 0
+    def _evaluate(self, model: Any, batches: EvalBatches | None, stop: StopRequest, prefix: str = "") -> dict[str, Any]:
+        """Mean loss and metrics over ``batches`` without dropout; nothing where a stop is requested meanwhile."""
+        total, tokens, sums = 0.0, 0, dict[str, Tensor]()
         self.model.eval()
         for batch in batches or ():
             with self._autocast():
-                loss, count = self.loss_fn(model, self._to_device(batch))
+                loss, count, *measured = self.loss_fn(model, self._to_device(batch))
             total += loss.item() * count
             tokens += count
+            add_sums(sums, *measured)
             if stop.requested:
                 break
         self.model.train()
-        return None if stop.requested or not tokens else total / tokens
+        if stop.requested or not tokens:
+            return {}
+        return {f"{prefix}{k}": v for k, v in {"loss": total / tokens, **self.metrics_fn(sums, tokens)}.items()}
 
     def _sample(self) -> str:
         """A continuation of ``sample_prompt``; the random state of the training stays as it is."""
@@ -336,7 +366,7 @@ class Trainer:
 
         def backward(batch: Batch) -> None:
             with self._autocast():
-                loss, count = self.loss_fn(self.model, self._to_device(batch))
+                loss, count, *_ = self.loss_fn(self.model, self._to_device(batch))
             if count:
                 loss.backward()
 
@@ -360,6 +390,10 @@ class Trainer:
             f"out of memory on {self.device} with micro batches of {micro} x {self.block_size} tokens: "
             f"try {' or '.join(options)}"
         )
+
+
+def _has_enough(done: Progress, config: TrainConfig) -> bool:
+    return config.patience is not None and done.stale >= config.patience
 
 
 def _due(every: int | None, step: int, always: bool) -> bool:

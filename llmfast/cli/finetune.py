@@ -1,0 +1,18 @@
+"""``llmfast finetune TASK``: a trained model and a file of examples to a model for a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmfast.cli.options import Action
+from llmfast.config import FinetuneConfig
+
+
+def default_config(given: dict[str, Any]) -> Path | None:
+    """The file whose options a resume repeats: the run's own."""
+    path = Path(given.get("out", FinetuneConfig.out), "config.toml")
+    return path if given.get("resume") and path.exists() else None
+
+
+ACTIONS: dict[str, Action] = {}

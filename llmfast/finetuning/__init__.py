@@ -1,0 +1,1 @@
+"""Fine-tuning: a task's data and loss, handed to the one training loop."""

@@ -1,0 +1,151 @@
+"""What every fine-tuning shares: the base model, what of it is trained, the split of the examples, and their order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from llmfast.checkpoint import find_checkpoint, load_model, load_tokenizer_of
+from llmfast.config import FinetuneConfig
+from llmfast.errors import UserError
+from llmfast.nn import GPT, add_lora
+from llmfast.tokenizer import Tokenizer, load_tokenizer
+from llmfast.training.rundir import RunDirectory
+from llmfast.training.settings import check
+
+T = TypeVar("T")
+SPLITS = ("train", "validation", "test")
+
+
+def check_before(config: FinetuneConfig) -> None:
+    """``UserError`` for what can be told before any work is done and anything is written."""
+    check(config)
+    config.lora  # noqa: B018  raises for values that make no adapter
+    fractions = (config.val_fraction, config.test_fraction)
+    if not all(0 <= f < 1 for f in fractions) or sum(fractions) >= 1:
+        raise UserError(
+            f"val_fraction and test_fraction must lie in [0, 1) and leave some for training, got {fractions}"
+        )
+    if config.max_length is not None and config.max_length < 1:
+        raise UserError(f"max_length must be at least 1, got {config.max_length}")
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file is in the way of the run directory")
+    if config.resume and not out.exists():
+        raise UserError(f"nothing to resume: there is no {out}")
+    if out.exists():
+        with RunDirectory(out, resume=config.resume):
+            pass  # complains of another run, and of one in progress
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, in evaluation mode, and its tokenizer."""
+
+    path: Path
+    model: GPT
+    tokenizer: Tokenizer
+
+
+def open_base(config: FinetuneConfig) -> Base:
+    """The model and tokenizer of ``config.checkpoint``, with ``config.dropout``."""
+    path = find_checkpoint(config.checkpoint)
+    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer_of(path)
+    if tokenizer is None:
+        raise UserError(f"{path} holds no tokenizer: name the one that it was trained with by --tokenizer")
+    model = load_model(path, **({} if config.dropout is None else {"dropout": config.dropout}))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens and {path} only {model.config.vocab_size:,}: "
+            "it is another model's"
+        )
+    return Base(path, model, tokenizer)
+
+
+def choose_trained(model: nn.Module, config: FinetuneConfig) -> nn.Module:
+    """Let ``config.train`` decide which parameters require gradients; ``lora`` adds the adapters. Returns ``model``."""
+    return add_lora(model, config.lora) if config.train == "lora" else model.requires_grad_(True)
+
+
+def split(count: int, config: FinetuneConfig) -> dict[str, list[int]]:
+    """Numbers 0 .. count - 1 in an order that ``split_seed`` decides, cut into train, validation and test.
+
+    The fractions are rounded down, what is left over goes to the test split where there is one (Raschka's rule), else
+    to the training split. A split whose examples come from a file of its own takes none.
+    """
+    order = np.random.RandomState(config.split_seed).permutation(count).tolist()
+    val = int(count * config.val_fraction) if config.val_data is None else 0
+    test = config.test_fraction if config.test_data is None else 0.0
+    train = count - val
+    if test:
+        kept = 1 - test - (config.val_fraction if config.val_data is None else 0.0)
+        train = min(train, int(count * kept + 1e-9))
+    return {"train": order[:train], "validation": order[train : train + val], "test": order[train + val :]}
+
+
+def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """Write ``folder/train.jsonl`` and so on, one example a line; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, examples in splits.items():
+        unfinished = folder / f".{name}.jsonl"
+        unfinished.write_text(
+            "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8"
+        )
+        os.replace(unfinished, folder / f"{name}.jsonl")
+
+
+def read_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What ``write_splits`` wrote."""
+    splits = {}
+    for name in SPLITS:
+        try:
+            text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
+            splits[name] = [json.loads(line) for line in text.split("\n") if line]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / f'{name}.jsonl'} is not readable: {error}") from None
+    return splits
+
+
+class Examples(Generic[T]):
+    """Batches of ``examples`` as a pure function of one global sample index, for ``Trainer``.
+
+    ``collate`` makes a batch's tensors of a list of examples. With ``seed``, every epoch has an order of its own, and
+    the few samples that fill no whole optimizer step of ``batch_size`` are left out of it, other ones in each epoch;
+    without, the order is that of ``examples``, all of them. ``rows`` is the size of a (micro) batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[T],
+        collate: Callable[[list[T]], tuple[Tensor, ...]],
+        rows: int,
+        *,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not examples:
+            raise UserError("there is no example to learn from")
+        self.examples, self.collate, self.rows, self._seed = examples, collate, rows, seed
+        step = batch_size or rows
+        whole = len(examples) // step * step
+        self.samples_per_epoch = whole if seed is not None and whole else len(examples)
+        self.sha256 = hashlib.sha256(repr(list(examples)).encode()).hexdigest()
+        self._order = functools.lru_cache(maxsize=2)(self._order_of)
+
+    def batch(self, position: int) -> tuple[Tensor, ...]:
+        places = (divmod(i, self.samples_per_epoch) for i in range(position, position + self.rows))
+        return self.collate([self.examples[self._order(epoch)[i]] for epoch, i in places])
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._seed is None:
+            return np.arange(len(self.examples))
+        return np.random.RandomState([self._seed % 2**32, epoch]).permutation(len(self.examples))
