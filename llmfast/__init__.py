@@ -22,11 +22,13 @@ _EXPORTS = {
     "GPT": "llmfast.nn",
     "generate": "llmfast.generation",
     "Trainer": "llmfast.training",
+    "accelerate": "llmfast.interop.accelerate",
+    "restore": "llmfast.interop.accelerate",
     "load_tokenizer": "llmfast.tokenizer",
     "prepare": "llmfast.data",
 }
 _SUBMODULES = {"ops", "nn", "data", "tokenizer", "checkpoint", "generation", "training", "finetuning", "evaluation"}
-_SUBMODULES |= {"kernels"}
+_SUBMODULES |= {"kernels", "interop"}
 
 
 def __getattr__(name: str) -> Any:

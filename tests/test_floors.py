@@ -13,7 +13,7 @@ FLOORS = {
     "config": 0, "kernels": 0, "_C": 0,
     "ops": 1, "tokenizer": 1,
     "nn": 2, "data": 2,
-    "checkpoint": 3, "generation": 3,
+    "checkpoint": 3, "generation": 3, "interop": 3,
     "training": 4,
     "finetuning": 5, "evaluation": 5,
     "cli": 6,

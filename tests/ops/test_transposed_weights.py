@@ -1,4 +1,4 @@
-"""Weights kept as (in, out), as GPT-2's Conv1D keeps them: read through their transposed view, gradients laid out alike."""
+"""Weights kept as (in, out), as GPT-2's Conv1D does: read through the transposed view, gradients laid out alike."""
 
 from __future__ import annotations
 

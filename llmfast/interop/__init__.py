@@ -1,0 +1,1 @@
+"""Models of other codebases: their formats, and their speed."""
