@@ -62,7 +62,8 @@ def open_base(config: FinetuneConfig) -> Base:
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer_of(path)
     if tokenizer is None:
         raise UserError(f"{path} holds no tokenizer: name the one that it was trained with by --tokenizer")
-    model = load_model(path, **({} if config.dropout is None else {"dropout": config.dropout}))
+    changed: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
+    model = load_model(path, **changed)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and {path} only {model.config.vocab_size:,}: "

@@ -118,9 +118,9 @@ class GPT(nn.Module):
         x, head_weight = self._read(idx, cache, doc_ids)
         head = self.lm_head
         if targets is not None and isinstance(head, LoRALinear):  # its product is none that the fused loss knows
-            logits = head(x)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            return logits if return_logits else None, loss
+            scores = head(x)
+            loss = F.cross_entropy(scores.float().flatten(0, 1), targets.flatten())
+            return scores if return_logits else None, loss
         logits = head(x) if targets is None or return_logits else None
         if targets is None:
             return logits, None

@@ -30,9 +30,7 @@ class LoRALinear(nn.Module):
     (n r, in), lora_B (out, r). Raises ``ValueError`` for a rank, alpha or dropout out of range.
     """
 
-    def __init__(
-        self, linear: nn.Linear | LoRALinear, r: int, alpha: float, dropout: float = 0.0, *, splits: int = 1
-    ) -> None:
+    def __init__(self, linear: nn.Linear, r: int, alpha: float, dropout: float = 0.0, *, splits: int = 1) -> None:
         super().__init__()
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"r must be a positive integer, got {r!r}")
@@ -47,9 +45,8 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.weight = linear.weight
         self.bias = linear.bias
-        like = dict(device=linear.weight.device, dtype=linear.weight.dtype)
-        self.lora_A = nn.Parameter(torch.empty(splits * r, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, **like))
+        self.lora_A = nn.Parameter(self.weight.new_empty(splits * r, self.in_features))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @property
@@ -119,7 +116,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         merged.bias = layer.bias
         _replace(model, name, merged)
         if name == "lm_head" and getattr(getattr(model, "config", None), "tie_embeddings", False):
-            model.config = dataclasses.replace(model.config, tie_embeddings=False)  # type: ignore[assignment, arg-type, type-var]
+            model.config = dataclasses.replace(model.config, tie_embeddings=False)
     return model.requires_grad_(True)
 
 
