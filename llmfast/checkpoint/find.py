@@ -35,9 +35,10 @@ def verify_checkpoint(path: str | Path) -> None:
         raise UserError(
             f"{path} has checkpoint format {version}, this llmfast reads {layout.MANIFEST_FORMAT}: update it"
         )
-    for required in (layout.MODEL_FILE, layout.CONFIG_FILE):
-        if required not in files:
-            raise UserError(f"{manifest_path} does not list {required}")
+    if layout.CONFIG_FILE not in files:
+        raise UserError(f"{manifest_path} does not list {layout.CONFIG_FILE}")
+    if layout.MODEL_FILE not in files and layout.ADAPTER_FILE not in files:
+        raise UserError(f"{manifest_path} does not list {layout.MODEL_FILE}")
     for name, (size, digest) in files.items():
         file = path / name
         try:
@@ -76,7 +77,7 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
     if (path / layout.MANIFEST_FILE).exists() or path.resolve().name.startswith("step-"):
         _verify(path)
         return path
-    if (path / layout.MODEL_FILE).exists():
+    if (path / layout.MODEL_FILE).exists() or (path / layout.ADAPTER_FILE).exists():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = [directory for _, directory in layout.checkpoints_in(root)]
@@ -101,14 +102,52 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **overrides: Any
 ) -> Any:
-    """The ``GPT`` of a run or checkpoint (see ``find_checkpoint``) on ``device``, in evaluation mode.
+    """The ``GPT`` or ``GPTForClassification`` of a run or checkpoint (see ``find_checkpoint``) on ``device``, in
+    evaluation mode.
 
-    ``overrides`` replace options of its configuration, such as ``dropout``.
+    ``overrides`` replace options of its configuration, such as ``dropout``. An adapter is merged into its base.
     """
-    from llmfast.nn import GPT
+    from llmfast.nn import GPT, GPTForClassification
 
-    model = GPT.from_pretrained(find_checkpoint(path), **overrides)
+    found = find_checkpoint(path)
+    if (found / layout.ADAPTER_FILE).exists():
+        model = _load_adapted(found, overrides)
+    elif description_of(found).get("labels"):
+        model = GPTForClassification.from_pretrained(found, **overrides)
+    else:
+        model = GPT.from_pretrained(found, **overrides)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _load_adapted(path: Path, overrides: dict[str, Any]) -> Any:
+    """The base of an adapter with the adapter merged into it."""
+    from llmfast.nn import GPTForClassification, adapter, merge_lora
+
+    described = description_of(path)
+    where = adapter.read_config(path).get("base_model_name_or_path")
+    if not where:
+        raise UserError(f"{path / adapter.CONFIG_FILE} names no base: set base_model_name_or_path to its checkpoint")
+    if not Path(where).exists():
+        raise UserError(
+            f"{path} is an adapter, and its base {where} is not there: move it back, or name where it is now as "
+            f"base_model_name_or_path in {adapter.CONFIG_FILE}"
+        )
+    model = load_model(where, **overrides)
+    wanted = (described.get("base") or {}).get("sha256")
+    if wanted and adapter.weights_sha256(model) != wanted:
+        raise UserError(f"{where} is not the base that the adapter {path} was trained on: its weights differ")
+    if labels := described.get("labels"):
+        model = GPTForClassification.from_gpt(model, labels)
+    return merge_lora(adapter.load_adapter(model, path))
+
+
+def description_of(path: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint directory; nothing where there is none that can be read."""
+    try:
+        values = json.loads((path / layout.CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def load_tokenizer_of(path: str | Path) -> Tokenizer | None:
@@ -129,11 +168,24 @@ def read_state(path: str | Path) -> dict[str, Any]:
 def load_training_state(
     path: str | Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Load a checkpoint directory's weights into ``model`` and its state into ``optimizer``; returns ``trainer.json``.
+    """Load a checkpoint directory's weights (of a model with adapters, these) into ``model`` and its state into
+    ``optimizer``; returns ``trainer.json``.
 
     Tensors go to the parameters' devices. Raises ``UserError`` where names or shapes do not match.
     """
+    from llmfast.nn import adapter, lora
+
     path = Path(path)
+    if lora.lora_layers(model):
+        adapter.fill_adapter(model, path)
+    else:
+        _load_weights(path, model)
+    if optimizer is not None:
+        _load_optimizer(path / layout.OPTIMIZER_FILE, model, optimizer)
+    return read_state(path)
+
+
+def _load_weights(path: Path, model: torch.nn.Module) -> None:
     weights = _read_tensors(path / layout.MODEL_FILE)
     for name, tensor in _distinct(model).items():
         if name not in weights:
@@ -143,9 +195,6 @@ def load_training_state(
             raise UserError(f"{path / layout.MODEL_FILE}: {name} is {got}, the model wants {want}")
         with torch.no_grad():
             tensor.copy_(weights[name])
-    if optimizer is not None:
-        _load_optimizer(path / layout.OPTIMIZER_FILE, model, optimizer)
-    return read_state(path)
 
 
 def _distinct(model: torch.nn.Module) -> dict[str, torch.Tensor]:

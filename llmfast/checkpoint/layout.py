@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 MODEL_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"  # instead of the model's, where a checkpoint holds an adapter
 CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from llmfast.checkpoint import find_checkpoint, load_model, load_tokenizer_of
 from llmfast.config import FinetuneConfig
 from llmfast.errors import UserError
 from llmfast.nn import GPT, add_lora
+from llmfast.nn.adapter import weights_sha256
 from llmfast.tokenizer import Tokenizer, load_tokenizer
 from llmfast.training.rundir import RunDirectory
 from llmfast.training.settings import check
@@ -55,6 +57,11 @@ class Base:
     model: GPT
     tokenizer: Tokenizer
 
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the weights, as they are when first asked."""
+        return weights_sha256(self.model)
+
 
 def open_base(config: FinetuneConfig) -> Base:
     """The model and tokenizer of ``config.checkpoint``, with ``config.dropout``."""
@@ -72,9 +79,17 @@ def open_base(config: FinetuneConfig) -> Base:
     return Base(path, model, tokenizer)
 
 
-def choose_trained(model: nn.Module, config: FinetuneConfig) -> nn.Module:
-    """Let ``config.train`` decide which parameters require gradients; ``lora`` adds the adapters. Returns ``model``."""
-    return add_lora(model, config.lora) if config.train == "lora" else model.requires_grad_(True)
+def choose_trained(model: GPT, config: FinetuneConfig, base: Base) -> GPT:
+    """Let ``config.train`` decide which parameters of ``model`` require gradients; returns it.
+
+    ``lora`` adds the adapters, drawn by ``config.seed``; ``model`` has ``base``'s weights, and perhaps another head.
+    """
+    if config.train != "lora":
+        return model.requires_grad_(True)
+    # The path as it will be found from anywhere, and the weights that the adapters belong to.
+    model.lora_base = {"path": str(base.path.resolve()), "sha256": base.sha256}  # type: ignore[assignment]
+    torch.manual_seed(config.seed)
+    return add_lora(model, config.lora)  # type: ignore[return-value]
 
 
 def split(count: int, config: FinetuneConfig) -> dict[str, list[int]]:

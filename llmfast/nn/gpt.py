@@ -47,9 +47,18 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.transformer = Decoder(config)
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.lm_head_bias)
+        self._add_head()
         self._tie()
         self.init_weights()
+
+    def _add_head(self) -> None:
+        config = self.config
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=config.lm_head_bias)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The weight of the output head, (outputs, C)."""
+        return self.lm_head.weight
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:
@@ -77,7 +86,7 @@ class GPT(nn.Module):
                 module.weight.fill_(1.0)
                 if module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, Embedding) and module.weight is not self.lm_head.weight:
+            elif isinstance(module, Embedding) and module.weight is not self.head_weight:
                 module.weight.normal_(0.0, 0.02 if gpt2 else 1.0)
             elif isinstance(module, Linear):
                 bound = module.in_features**-0.5
@@ -169,15 +178,18 @@ class GPT(nn.Module):
         wte: Tensor = self.transformer.wte.weight
         wpe: Tensor = self.transformer.wpe.weight
         if doc_ids is not None:
-            x, head_weight = token_rows(idx, wte) + F.embedding(document_positions(doc_ids), wpe), self.lm_head.weight
+            x, head_weight = token_rows(idx, wte) + F.embedding(document_positions(doc_ids), wpe), self.head_weight
         elif cache is None:
-            x, head_weight = embed(idx, wte, wpe, self.lm_head.weight)
+            x, head_weight = embed(idx, wte, wpe, self.head_weight)
         else:
-            x, head_weight = token_rows(idx, wte) + wpe[cache.positions(*idx.shape)], self.lm_head.weight
+            x, head_weight = token_rows(idx, wte) + wpe[cache.positions(*idx.shape)], self.head_weight
         return ops.dropout(x, self.config.dropout if self.training else 0.0), head_weight
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``directory`` (made if missing)."""
+        """Write ``config.json`` and ``model.safetensors`` into ``directory`` (made if missing).
+
+        Of a model with adapters these alone are written, in PEFT's format (``llmfast.nn.adapter``).
+        """
         pretrained.save(self, Path(directory))
 
     @classmethod

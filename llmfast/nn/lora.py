@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +90,28 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
                 f"there are {', '.join(ends)}, and all-linear"
             )
         chosen |= found
-    model.requires_grad_(False)
-    for name, linear in chosen.items():
+    shapes = {}
+    for name in chosen:
         splits = 3 if config.split_qkv and name.rsplit(".", 1)[-1] == QKV else 1
-        _replace(model, name, LoRALinear(linear, config.r, config.alpha, config.dropout, splits=splits))
+        shapes[name] = LoRAShape(config.r, config.alpha, config.dropout, splits)
+    return attach(model, shapes)
+
+
+class LoRAShape(NamedTuple):
+    """What the adapter of one layer is: see ``LoRALinear``."""
+
+    r: int
+    alpha: float
+    dropout: float
+    splits: int
+
+
+def attach(model: nn.Module, shapes: dict[str, LoRAShape]) -> nn.Module:
+    """Give the layers called so an adapter, freeze all other parameters; returns ``model``."""
+    linears = {name: model.get_submodule(name) for name in shapes}
+    model.requires_grad_(False)
+    for name, (r, alpha, dropout, splits) in shapes.items():
+        _replace(model, name, LoRALinear(linears[name], r, alpha, dropout, splits=splits))  # type: ignore[arg-type]
     return model
 
 
@@ -115,8 +134,9 @@ def merge_lora(model: nn.Module) -> nn.Module:
         merged.weight = nn.Parameter(layer.weight + layer.delta().to(layer.weight.dtype))
         merged.bias = layer.bias
         _replace(model, name, merged)
-        if name == "lm_head" and getattr(getattr(model, "config", None), "tie_embeddings", False):
-            model.config = dataclasses.replace(model.config, tie_embeddings=False)
+        config: Any = getattr(model, "config", None)
+        if name == "lm_head" and getattr(config, "tie_embeddings", False):
+            model.config = dataclasses.replace(config, tie_embeddings=False)
     return model.requires_grad_(True)
 
 

@@ -15,26 +15,46 @@ from torch import Tensor, nn
 
 from llmfast.config import GPTConfig, suggest
 from llmfast.errors import UserError
+from llmfast.nn import adapter
+from llmfast.nn.lora import lora_layers
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "llmfast"
+CLASSIFIER_TYPE = "llmfast-classifier"
 OVERRIDES = ("dropout", "attn_scale")
 
 
 def save(model: nn.Module, directory: Path) -> None:
-    """Write the model's config and weights, a tied matrix once; each file appears whole or not at all."""
-    config: GPTConfig = model.config  # type: ignore[assignment]
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if config.tie_embeddings:
-        del state["lm_head.weight"]
-    text = json.dumps({"model_type": MODEL_TYPE, **config.to_dict()}, indent=2) + "\n"
+    """Write the model's config and weights, a tied matrix once; each file appears whole or not at all.
+
+    Of a model with adapters these alone are written, and in the config which base they belong to.
+    """
+    text = json.dumps(describe(model), indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        if lora_layers(model):
+            base = getattr(model, "lora_base", None) or {}
+            adapter.save_adapter(model, directory, base=base.get("path"))
+        else:
+            state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+            if model.config.tie_embeddings:  # type: ignore[union-attr]
+                state.pop("lm_head.weight", None)
+            _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
         _replace(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model to {directory}: {error}") from error
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """The content of ``config.json``: the ``GPTConfig``, a classifier's labels, the base that adapters belong to."""
+    config: GPTConfig = model.config  # type: ignore[assignment]
+    values = {"model_type": MODEL_TYPE, **config.to_dict()}
+    if hasattr(model, "labels"):
+        values |= {"model_type": CLASSIFIER_TYPE, "labels": model.labels}
+    if lora_layers(model):
+        values["base"] = getattr(model, "lora_base", None)
+    return values
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -8,7 +8,16 @@ from torch import nn
 
 from llmfast.config import GPTConfig, LoRAConfig
 from llmfast.errors import UserError
-from llmfast.nn import GPT, Linear, LoRALinear, add_lora, lora_disabled, lora_state_dict, merge_lora
+from llmfast.nn import (
+    GPT,
+    GPTForClassification,
+    Linear,
+    LoRALinear,
+    add_lora,
+    lora_disabled,
+    lora_state_dict,
+    merge_lora,
+)
 from llmfast.nn.lora import lora_layers
 from llmfast.ops import use_backend
 
@@ -136,12 +145,16 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed():
     assert torch.equal(layer(x), layer(x))
 
 
-def test_the_count_of_a_large_model_on_the_meta_device():
-    """r 16 on every linear layer but the head: 12 layers of 4 C x r x 2 for q, k, v, out and 2 x 5 C r for the MLP."""
+def test_the_books_numbers_of_parameters():
+    """r 16 on every linear layer and the head, one each for q, k and v; gpt2 has a head of two classes."""
     with torch.device("meta"):
-        model = add_lora(GPT(GPTConfig.preset("gpt2")), LoRAConfig(split_qkv=True))
-    C, r = 768, 16
-    assert sum(t.numel() for t in lora_state_dict(model).values()) == 12 * (4 * 2 * C * r + 2 * 5 * C * r)
+        classifier = GPTForClassification(GPTConfig.preset("gpt2"), ["ham", "spam"])
+        medium = GPT(GPTConfig.preset("gpt2-medium"))
+    assert classifier.num_parameters() == 124_441_346
+    add_lora(classifier, LoRAConfig(r=16, alpha=16, targets=("all-linear", "score"), split_qkv=True))
+    add_lora(medium, LoRAConfig(r=16, alpha=16, targets=("all-linear", "lm_head"), split_qkv=True))
+    assert sum(p.numel() for p in classifier.parameters() if p.requires_grad) == 2_666_528
+    assert sum(p.numel() for p in medium.parameters() if p.requires_grad) == 7_898_384
 
 
 @pytest.mark.parametrize(
