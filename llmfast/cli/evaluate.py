@@ -1,10 +1,11 @@
-"""``llmfast evaluate``: how well a checkpoint predicts held-out text, beside a bigram model if asked."""
+"""``llmfast evaluate``: how well a checkpoint predicts held-out text, or answers multiple-choice questions."""
 
 from __future__ import annotations
 
 import math
 import sys
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,12 @@ class Options(ModelOptions):
         default_factory=list,
         metadata={"help": "shards, token files or text: files, folders or globs (default: the run's own data)"},
     )
+    multiple_choice: str | None = option(
+        None, "answer the questions of this JSON Lines file instead: ctx, endings and label in every line (HellaSwag's)"
+    )
     split: Literal["train", "val"] | None = option(None, "part of prepared data (default: val, of text all of it)")
     block_size: int | None = option(None, "tokens in a window (default: the model's block size)")
-    batch_size: int = option(8, "windows in one forward pass")
+    batch_size: int = option(8, "windows, or endings, in one forward pass")
     eval_batches: int = option(0, "batches to take, spread evenly over the data (0: all of it)")
     baseline: bool = option(False, "also the loss of a smoothed bigram model of the training part")
     json: bool = option(False, JSON_HELP)
@@ -33,8 +37,6 @@ class Options(ModelOptions):
 
 
 def run(options: Options) -> int:
-    import torch
-
     from llmfast.evaluation import bigram_loss, evaluate_loss
 
     for name, least in (("batch_size", 1), ("eval_batches", 0)):
@@ -42,6 +44,8 @@ def run(options: Options) -> int:
             raise UserError(f"{name} must be at least {least}, got {getattr(options, name)}")
     if options.baseline and options.eval_batches:
         raise UserError("--baseline compares over the whole split: leave out --eval-batches")
+    if options.multiple_choice is not None:
+        return _multiple_choice(options)
     check_data(options.data, [])
     with open_model(options, cast=False) as opened, tempfile.TemporaryDirectory(prefix="llmfast-") as scratch:
         config = opened.model.config
@@ -56,7 +60,6 @@ def run(options: Options) -> int:
             raise UserError("--baseline takes prepared data with a training and a validation part")
         for part in (corpus.train, source):
             check_ids(part, config.vocab_size)
-        device = next(opened.model.parameters()).device
         result = evaluate_loss(
             opened.model,
             source,
@@ -64,7 +67,7 @@ def run(options: Options) -> int:
             options.batch_size,
             max_batches=options.eval_batches or None,
             tokenizer=opened.tokenizer or corpus.tokenizer,
-            autocast=torch.autocast(device.type, opened.dtype, enabled=opened.dtype != torch.float32),
+            autocast=_autocast(opened),
         )
         baseline = bigram_loss(corpus.train, source, config.vocab_size) if options.baseline else None
     facts = result.to_dict() | {"checkpoint": str(opened.path), "block_size": T}
@@ -74,6 +77,55 @@ def run(options: Options) -> int:
         print_json(facts)
     else:
         print(render(facts))
+    return 0
+
+
+def _autocast(opened: OpenModel) -> AbstractContextManager[Any]:
+    import torch
+
+    device = next(opened.model.parameters()).device
+    return torch.autocast(device.type, opened.dtype, enabled=opened.dtype != torch.float32)
+
+
+def _multiple_choice(options: Options) -> int:
+    from tqdm import tqdm
+
+    from llmfast.evaluation import evaluate_multiple_choice, read_questions
+
+    for name in ("data", "split", "block_size", "eval_batches", "baseline"):
+        if getattr(options, name):
+            raise UserError(f"--multiple-choice does not go with --{name.replace('_', '-')}")
+    questions = read_questions(options.multiple_choice or "")
+    with (
+        open_model(options, cast=False) as opened,
+        tqdm(
+            total=sum(len(question.endings) for question in questions),
+            desc="endings",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        ) as bar,
+    ):
+        result = evaluate_multiple_choice(
+            opened.model,
+            opened.need_tokenizer(),
+            questions,
+            options.batch_size,
+            autocast=_autocast(opened),
+            progress=bar.update,
+        )
+    facts = result.to_dict() | {"checkpoint": str(opened.path), "multiple_choice": options.multiple_choice}
+    if options.json:
+        print_json(facts)
+        return 0
+    rows: list[tuple[str, object]] = [
+        ("checkpoint", facts["checkpoint"]),
+        ("questions", f"{result.questions:,}; guessing would get {result.chance:.2%} right"),
+        ("acc", f"{result.acc:.2%} +- {result.acc_stderr:.2%}, by log-likelihood"),
+        ("acc_norm", f"{result.acc_norm:.2%} +- {result.acc_norm_stderr:.2%}, by log-likelihood per character"),
+    ]
+    if result.truncated:
+        rows.append(("shortened", f"{result.truncated:,} endings' contexts lost their beginning to fit the model"))
+    print(table(rows))
     return 0
 
 

@@ -23,7 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("llmfast.cli.plan", "parameters, memory and time of a pretraining before it starts"),
     "generate": ("llmfast.cli.generate", "write on from a prompt"),
     "chat": ("llmfast.cli.chat", "write with a model, in turns"),
-    "evaluate": ("llmfast.cli.evaluate", "loss, perplexity and bits per byte on held-out text"),
+    "evaluate": ("llmfast.cli.evaluate", "loss and perplexity on held-out text; multiple-choice accuracy"),
     "judge": ("llmfast.cli.judge", "score a model's responses, by a judge model or against the references"),
 }
 
