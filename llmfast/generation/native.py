@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmfast.nn import GPT, KVCache
 from llmfast.nn.gpt import Decoder
 from llmfast.nn.int8 import Int8Embedding, Int8GPT, Int8Linear, Int8Matrix
-from llmfast.nn.layers import MLP, Block, CausalSelfAttention, Embedding, LayerNorm, Linear
+from llmfast.nn.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
 from llmfast.ops import _library
 from llmfast.ops._registry import current_setting
 
@@ -30,7 +30,7 @@ KNOWN = {
     MLP,
     LayerNorm,
     Linear,
-    Embedding,
+    nn.Embedding,
     Int8Linear,
     Int8Embedding,
 }

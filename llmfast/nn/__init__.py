@@ -5,7 +5,7 @@ from llmfast.nn.classification import GPTForClassification
 from llmfast.nn.gpt import GPT
 from llmfast.nn.int8 import quantize_int8
 from llmfast.nn.kv_cache import KVCache
-from llmfast.nn.layers import MLP, Block, CausalSelfAttention, Embedding, LayerNorm, Linear
+from llmfast.nn.layers import MLP, Block, CausalSelfAttention, LayerNorm, Linear
 from llmfast.nn.lora import LoRALinear, add_lora, lora_disabled, lora_state_dict, merge_lora
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "MLP",
     "Block",
     "CausalSelfAttention",
-    "Embedding",
     "GPTForClassification",
     "KVCache",
     "LayerNorm",

@@ -19,7 +19,7 @@ from llmfast.config import GPTConfig
 from llmfast.nn import pretrained
 from llmfast.nn.embedding import document_positions, embed, token_rows
 from llmfast.nn.kv_cache import KVCache
-from llmfast.nn.layers import Block, Embedding, LayerNorm, Linear
+from llmfast.nn.layers import Block, LayerNorm, Linear
 from llmfast.nn.lora import LoRALinear
 
 
@@ -28,8 +28,8 @@ class Decoder(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = Embedding(config.vocab_size, config.n_embd)
-        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias, eps=config.layer_norm_eps)
 
@@ -46,8 +46,11 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.transformer = Decoder(config)
-        self._add_head()
+        device = torch.get_default_device()
+        with torch.device("meta"):  # where what the parts draw for themselves costs nothing
+            self.transformer = Decoder(config)
+            self._add_head()
+        self.to_empty(device=device)
         self._tie()
         self.init_weights()
 
@@ -86,7 +89,7 @@ class GPT(nn.Module):
                 module.weight.fill_(1.0)
                 if module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, Embedding) and module.weight is not self.head_weight:
+            elif isinstance(module, nn.Embedding) and module.weight is not self.head_weight:
                 module.weight.normal_(0.0, 0.02 if gpt2 else 1.0)
             elif isinstance(module, Linear):
                 bound = module.in_features**-0.5

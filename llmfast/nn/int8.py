@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmfast.config import GPTConfig
 from llmfast.errors import UserError
 from llmfast.nn.gpt import GPT
-from llmfast.nn.layers import Embedding, Linear
+from llmfast.nn.layers import Linear
 
 
 class Int8Matrix(nn.Module):
@@ -52,7 +52,7 @@ class Int8Linear(Int8Matrix):
 class Int8Embedding(Int8Matrix):
     """``Embedding`` with an int8 weight."""
 
-    def __init__(self, embedding: Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__(embedding.weight)
 
     def forward(self, idx: Tensor) -> Tensor:

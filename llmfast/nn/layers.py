@@ -1,9 +1,9 @@
 """The parts of a decoder layer: thin modules that hold the parameters and call ``llmfast.ops``.
 
-Shapes: B batch, T sequence, C width (n_embd), H heads, D head size.
+Each serves in a model of your own too, and fills its parameters as torch.nn does. ``GPT`` makes them on the meta device
+and draws all weights in one place.
 
-Nothing here fills its parameters: ``GPT.init_weights`` does, in one place, so that a model is drawn only once and
-costs nothing on the meta device.
+Shapes: B batch, T sequence, C width (n_embd), H heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,36 +17,25 @@ from llmfast.config import GPTConfig
 from llmfast.nn.kv_cache import LayerCache
 from llmfast.nn.lora import LoRALinear
 from llmfast.ops import decoder_layer as fused
-from llmfast.ops.mlp import activate
+from llmfast.ops.mlp import ACTIVATIONS, activate
 
 
 class Linear(nn.Linear):
     """``torch.nn.Linear`` through ``ops.linear``; weight (out, in)."""
 
-    def reset_parameters(self) -> None:
-        pass
-
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
-class Embedding(nn.Embedding):
-    """``torch.nn.Embedding`` without a fill of its own."""
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` through ``ops.layer_norm``, alone or together with the residual sum before it.
 
-    def reset_parameters(self) -> None:
-        pass
-
-
-class LayerNorm(nn.Module):
-    """Layer norm over the last dimension, alone or together with the residual sum before it."""
-
-    def __init__(self, width: int, *, bias: bool = True, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.bias = nn.Parameter(torch.empty(width)) if bias else None
-        self.eps = eps
+    Its constructor and state_dict are torch.nn's; normalising more than the last dimension stays PyTorch's.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.normalized_shape) > 1:
+            return super().forward(x)
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, branch: Tensor, residual: Tensor, dropout_p: float) -> tuple[Tensor, Tensor]:
@@ -55,14 +44,33 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention (Vaswani et al. 2017); (B, T, C) -> (B, T, C)."""
+    """Multi-head causal self-attention (Vaswani et al. 2017); (B, T, C) -> (B, T, C).
 
-    def __init__(self, config: GPTConfig) -> None:
+    c_attn makes queries, keys and values of ``n_head`` heads, c_proj joins them (``out_proj``; its bias is ``bias``).
+    ``qkv_bias`` None: as ``bias``. ``dropout`` acts on the attention weights in training mode. ``scale`` None:
+    1 / sqrt(head size). Raises ``ValueError`` where n_head does not divide n_embd.
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        *,
+        dropout: float = 0.0,
+        bias: bool = True,
+        qkv_bias: bool | None = None,
+        out_proj: bool = True,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.n_head, self.head_size = config.n_head, config.head_size
-        self.scale, self.dropout = config.softmax_scale, config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.has_qkv_bias)
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias) if config.attn_out_proj else None
+        if n_head < 1 or n_embd % n_head:
+            raise ValueError(f"n_head must divide n_embd {n_embd}, got {n_head}")
+        self.n_head, self.head_size, self.dropout = n_head, n_embd // n_head, dropout
+        self.scale = self.head_size**-0.5 if scale is None else scale
+        self.c_attn = Linear(n_embd, 3 * n_embd, bias if qkv_bias is None else qkv_bias, device, dtype)
+        self.c_proj = Linear(n_embd, n_embd, bias, device, dtype) if out_proj else None
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
@@ -81,13 +89,25 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """C -> 4 C -> C with the configured activation; (B, T, C) -> (B, T, C)."""
+    """Linear, ``activation`` ("gelu_tanh", "gelu", "relu"), linear; (..., C) -> (..., C), ``hidden`` (4 C) between."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(
+        self,
+        n_embd: int,
+        hidden: int | None = None,
+        *,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.activation = config.activation
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be {', '.join(ACTIVATIONS)}, got {activation!r}")
+        hidden = 4 * n_embd if hidden is None else hidden
+        self.activation = activation
+        self.c_fc = Linear(n_embd, hidden, bias, device, dtype)
+        self.c_proj = Linear(hidden, n_embd, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
@@ -108,9 +128,17 @@ class Block(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.ln_1 = LayerNorm(config.n_embd, bias=config.bias, eps=config.layer_norm_eps)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(
+            config.n_embd,
+            config.n_head,
+            dropout=config.dropout,
+            bias=config.bias,
+            qkv_bias=config.has_qkv_bias,
+            out_proj=config.attn_out_proj,
+            scale=config.softmax_scale,
+        )
         self.ln_2 = LayerNorm(config.n_embd, bias=config.bias, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.n_embd, activation=config.activation, bias=config.bias)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, cache: LayerCache | None = None, doc_ids: Tensor | None = None
@@ -143,7 +171,7 @@ class Block(nn.Module):
         for part, kind in zip(norms_and_linears, _KINDS, strict=True):
             if part is None:
                 found += (None, None)
-            elif type(part) is kind and _is_untouched(part):
+            elif type(part) is kind and _is_untouched(part) and part._parameters["weight"] is not None:
                 found += (part._parameters["weight"], part._parameters.get("bias"))
             else:
                 return None
