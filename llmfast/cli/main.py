@@ -16,6 +16,7 @@ from llmfast.errors import UserError
 
 VERBS: dict[str, tuple[str, str]] = {
     "info": ("llmfast.cli.info", "which kernels run on this machine, and why not the others"),
+    "download": ("llmfast.cli.download", "fetch public corpora and weights"),
     "tokenizer": ("llmfast.cli.tokenizer", "turn text into token ids and back; train a tokenizer"),
     "prepare": ("llmfast.cli.prepare", "turn text into token shards"),
     "pretrain": ("llmfast.cli.pretrain", "train a model on text"),

@@ -1,0 +1,113 @@
+"""GPT-2 by name, from a hub and an OpenAI on the loopback address."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+
+import pytest
+from web import page, web
+
+from llmfast.data import catalog
+from llmfast.data.catalog import Entry, Remote
+from llmfast.errors import UserError
+from llmfast.interop import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights" * 1000,
+    "vocab.json": b"vocab",
+    "merges.txt": b"merges",
+}
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path / "cache"))
+    with web() as running:
+        yield running
+
+
+@pytest.fixture
+def hugging_face(server, monkeypatch, tmp_path):
+    """A hub with a small gpt2, and an empty cache of huggingface_hub's."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url(""))
+    digest = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+    monkeypatch.setitem(catalog.HUB_MODELS, "gpt2", (COMMIT, (None, None), (digest, None)))
+
+    def serve(files: dict[str, bytes]) -> None:
+        for name, data in files.items():
+            answer = page(data)
+            at = f"/openai-community/gpt2/resolve/{COMMIT}/{name}"
+            server.pages[at] = lambda handler, data=data, answer=answer: handler.answer(
+                200, data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT
+            )
+
+    serve(FILES)
+    return serve
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_the_hubs_files_are_fetched_once(server, hugging_face, name):
+    folder = hub.named_weights(name)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    asked = len(server.requests)
+    assert hub.named_weights(name) == folder
+    assert len(server.requests) == asked
+
+
+def test_weights_that_are_not_the_pinned_ones_are_refused(hugging_face):
+    hugging_face({"model.safetensors": b"something else"})
+    with pytest.raises(UserError, match=r"has the SHA-256 [0-9a-f]{64} instead of"):
+        hub.named_weights("gpt2")
+
+
+def test_without_a_network_there_is_one_line_and_the_cache_still_serves(server, hugging_face, monkeypatch):
+    folder = hub.named_weights("gpt2")
+    server.shutdown()
+    server.server_close()
+    assert hub.named_weights("gpt2") == folder
+    start = time.monotonic()
+    with pytest.raises(UserError, match="gpt2-xl is in no cache on this machine and cannot be fetched: ") as caught:
+        hub.named_weights("gpt2-xl")
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 30
+
+
+def test_without_the_library_openais_own_files_are_taken(server, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    files = {"checkpoint": b"c", "model.ckpt.index": b"i"}
+    remotes = []
+    for name, data in files.items():
+        server.pages[f"/{name}"] = page(data)
+        remotes.append(Remote(name, (server.url(f"/{name}"),), hashlib.sha256(data).hexdigest()))
+    monkeypatch.setitem(catalog.ENTRIES, "gpt2-124M", Entry("", tuple(remotes)))
+    for _ in range(2):
+        folder = hub.named_weights("gpt2", progress=False)
+        assert folder == tmp_path / "cache" / "gpt2-124M"
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert len(server.requests) == 2
+    server.server_close()
+    monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path / "another"))
+    with pytest.raises(UserError, match="cannot download"):
+        hub.named_weights("gpt2", progress=False)
+
+
+def test_other_names_are_not_its_business():
+    for name in ("gpt3", "runs/gpt2", "openai-community/gpt3", "./gpt2"):
+        assert hub.named_weights(name) is None
+
+
+def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.delenv("LLMFAST_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert hub.cache_folder() == tmp_path / "llmfast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert hub.cache_folder().parts[-2:] == (".cache", "llmfast")
