@@ -177,7 +177,7 @@ def _receive(url: str, target: Path, size: int | None, progress: bool, patience:
         if failures >= (patience.failures if most > first else patience.silent_failures):
             kept = "; what arrived is kept, and the next call goes on from it" if have else ""
             raise _Refused(f"{reason} ({failures} tries{kept})")
-        time.sleep(min(patience.pause * 2**failures, 30.0))
+        time.sleep(min(patience.pause * 2 ** (failures - 1), 30.0))
 
 
 def _is_offline(cause: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -42,11 +43,11 @@ def _from_hub(model: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     commit, _, (sha256, _) = HUB_MODELS[model]
+    repository, endpoint = f"openai-community/{model}", os.environ.get("HF_ENDPOINT") or None
     try:
         for file in ENTRIES[model].files:
-            found = hf_hub_download(
-                f"openai-community/{model}", file.name, revision=commit, endpoint=os.environ.get("HF_ENDPOINT") or None
-            )
+            _need_answer(repository, file.name, commit, endpoint)
+            found = hf_hub_download(repository, file.name, revision=commit, endpoint=endpoint)
             if file.name == "model.safetensors":
                 # Its blob is named after the hub's own hash, which the commit fixes.
                 blob = Path(found).resolve()
@@ -60,6 +61,16 @@ def _from_hub(model: str) -> Path:
             f"llmfast download {model} makes a folder to take along"
         ) from None
     return Path(found).parent
+
+
+def _need_answer(repository: str, name: str, commit: str, endpoint: str | None) -> None:
+    """An error at once where a file is not in the cache and nobody answers, for which hf_hub_download takes 20 s."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if try_to_load_from_cache(repository, name, revision=commit) is None:
+        with contextlib.suppress(HfHubHTTPError):  # it answers: hf_hub_download says what, or tries again
+            get_hf_file_metadata(hf_hub_url(repository, name, revision=commit, endpoint=endpoint), endpoint=endpoint)
 
 
 def _check(blob: Path, sha256: str | None) -> None:

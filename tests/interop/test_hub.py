@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import time
@@ -11,6 +12,7 @@ from web import page, web
 
 from llmfast.data import catalog
 from llmfast.data.catalog import Entry, Remote
+from llmfast.data.download import Patience, fetch
 from llmfast.errors import UserError
 from llmfast.interop import hub
 
@@ -96,6 +98,7 @@ def test_without_the_library_openais_own_files_are_taken(server, monkeypatch, tm
     assert len(server.requests) == 2
     server.server_close()
     monkeypatch.setenv("LLMFAST_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(hub, "fetch", functools.partial(fetch, patience=Patience(pause=0.01)))
     with pytest.raises(UserError, match="cannot download"):
         hub.named_weights("gpt2", progress=False)
 
