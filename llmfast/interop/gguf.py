@@ -8,6 +8,7 @@ it is not. The `gguf` package writes and reads the file.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ def write_gguf(
     except OSError as error:
         raise UserError(f"cannot write {error.filename or file}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return file
 
 
