@@ -18,6 +18,8 @@ FLOORS = {
     "finetuning": 5, "evaluation": 5,
     "cli": 6,
 }  # fmt: skip
+# Doors upwards, opened inside a function and only for what another program wrote: (file, room).
+DOORS = {("gpt.py", "interop"), ("find.py", "interop")}
 # The package's own version is the one name that any room may take from the top.
 TOP_LEVEL_NAMES = {"__version__"}
 
@@ -63,7 +65,8 @@ def test_every_room_has_a_floor():
 
 @pytest.mark.parametrize(("room", "path", "package"), sources(), ids=lambda v: getattr(v, "name", str(v)))
 def test_imports_point_downwards(room, path, package):
-    above = {r for r in imported_rooms(path, package) if r != room and FLOORS[r] >= FLOORS[room]}
+    rooms = {r for r in imported_rooms(path, package) if (path.name, r) not in DOORS}
+    above = {r for r in rooms if r != room and FLOORS[r] >= FLOORS[room]}
     assert not above, f"{path.name} (floor {FLOORS[room]}) imports {sorted(above)}"
 
 

@@ -69,7 +69,8 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
 
     Of several, ``prefer="best"`` takes the best one where it verifies; otherwise, and for ``"latest"``, it is the
     newest that verifies. What is passed over is logged with the reason. A folder with weights but no manifest
-    (``save_pretrained``) is taken as it is. Raises ``UserError`` where there is none.
+    (``save_pretrained``) is taken as it is, and so is another program's checkpoint (docs/interop.md), a file or a
+    folder. Raises ``UserError`` where there is none.
     """
     path = Path(path)
     if not path.exists():
@@ -77,7 +78,7 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
     if (path / layout.MANIFEST_FILE).exists() or path.resolve().name.startswith("step-"):
         _verify(path)
         return path
-    if (path / layout.MODEL_FILE).exists() or (path / layout.ADAPTER_FILE).exists():
+    if path.is_file() or (path / layout.MODEL_FILE).exists() or (path / layout.ADAPTER_FILE).exists():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = [directory for _, directory in layout.checkpoints_in(root)]
@@ -96,7 +97,10 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
         return candidate
     if refused:
         raise UserError(f"no checkpoint in {root} verifies: {'; '.join(refused)}")
-    raise UserError(f"no checkpoint in {path}: give a run directory, its checkpoints folder or one checkpoint")
+    from llmfast import interop  # a door to a room beside (docs/architecture.md), for other programs' files
+
+    interop.find(path)
+    return path
 
 
 def load_model(
@@ -151,9 +155,13 @@ def description_of(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer_of(path: str | Path) -> Tokenizer | None:
-    """The tokenizer saved with a run or checkpoint, or None."""
-    directory = find_checkpoint(path)
-    return load_tokenizer(directory) if (directory / TOKENIZER_FILE).exists() else None
+    """The tokenizer saved with a run or checkpoint, or that goes with another program's, or None."""
+    found = find_checkpoint(path)
+    if (found / TOKENIZER_FILE).exists():
+        return load_tokenizer(found)
+    from llmfast import interop
+
+    return interop.load_tokenizer(found)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:

@@ -1,1 +1,6 @@
-"""Models of other codebases: their formats, and their speed."""
+"""Models of other programs: their files, in and out (docs/interop.md), and their speed (``accelerate``)."""
+
+from llmfast.interop.reading import find, load
+from llmfast.interop.tokenizers import load_tokenizer
+
+__all__ = ["find", "load", "load_tokenizer"]

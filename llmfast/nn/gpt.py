@@ -21,6 +21,7 @@ from llmfast.nn.embedding import document_positions, embed, token_rows
 from llmfast.nn.kv_cache import KVCache
 from llmfast.nn.layers import Block, LayerNorm, Linear
 from llmfast.nn.lora import LoRALinear
+from llmfast.nn.weights import Weights, fill
 
 
 class Decoder(nn.Module):
@@ -197,14 +198,24 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> GPT:
-        """The model that ``save_pretrained`` wrote into the directory ``path``, in float32 on the CPU.
+        """The model at ``path``, in float32 on the CPU: a directory that ``save_pretrained`` wrote, or another
+        program's checkpoint (docs/interop.md).
 
-        ``overrides`` may change ``dropout`` and ``attn_scale``. Raises ``UserError`` where ``path`` holds no such
-        model.
+        ``overrides`` replace ``dropout``, ``attn_scale`` and ``activation``, and tell what a file cannot, such as
+        ``n_head``. Raises ``UserError`` where ``path`` holds no such model, or where something must be told.
         """
-        config, state = pretrained.load(Path(path), overrides)
+        config, weights = _open(Path(path), overrides)
+        weights.bound(config)
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
-        pretrained.fill(model, state, Path(path))
+        fill(model, weights)
         return model
+
+
+def _open(path: Path, overrides: dict[str, Any]) -> tuple[GPTConfig, Weights]:
+    if pretrained.is_saved(path):
+        return pretrained.load(path, overrides)
+    from llmfast import interop  # a door upwards (docs/architecture.md): only for files of other programs
+
+    return interop.load(path, **overrides)

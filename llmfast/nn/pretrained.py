@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from llmfast.config import GPTConfig, suggest
 from llmfast.errors import UserError
 from llmfast.nn import adapter
 from llmfast.nn.lora import lora_layers
+from llmfast.nn.weights import Stored, Weights, read_safetensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "llmfast"
 CLASSIFIER_TYPE = "llmfast-classifier"
-OVERRIDES = ("dropout", "attn_scale")
+OVERRIDES = ("dropout", "attn_scale", "activation")
 
 
 def save(model: nn.Module, directory: Path) -> None:
@@ -66,45 +66,36 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(directory: Path, overrides: dict[str, Any]) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Config and weights of a saved model."""
-    for name in overrides:
-        if name not in OVERRIDES:
-            known = ", ".join(OVERRIDES)
-            raise UserError(f"{name} of a saved model cannot be overridden{suggest(name, OVERRIDES)}; can be: {known}")
-    if not directory.exists():
-        raise UserError(f"{directory} does not exist")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} is not a saved llmfast model: it has no {name}")
+def is_saved(directory: Path) -> bool:
+    """Whether ``directory`` is what ``save`` writes, and not another program's model."""
     try:
-        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory / CONFIG_FILE} is not valid JSON: {error}") from None
-    if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
-        raise UserError(
-            f"{directory / CONFIG_FILE} does not describe an llmfast model (model_type is not {MODEL_TYPE})"
-        )
+        values = json.loads((directory / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+
+
+def load(directory: Path, overrides: dict[str, Any]) -> tuple[GPTConfig, Weights]:
+    """Config and weights of a saved model."""
+    check_overrides(overrides)
+    values = json.loads((directory / CONFIG_FILE).read_bytes())
+    del values["model_type"]
     try:
         config = GPTConfig.from_dict({**values, **overrides})
     except (UserError, TypeError) as error:
         raise UserError(f"{directory / CONFIG_FILE}: {error}") from None
-    try:
-        return config, load_file(directory / WEIGHTS_FILE)
-    except SafetensorError as error:
-        raise UserError(f"{directory / WEIGHTS_FILE} is damaged: {error}") from None
+    file = directory / WEIGHTS_FILE
+    if not file.is_file():
+        raise UserError(f"{directory} has no {WEIGHTS_FILE} beside its {CONFIG_FILE}: take the model from another copy")
+    stored = {name: Stored((name,), (tensor,)) for name, tensor in read_safetensors(file).items()}
+    return config, Weights(stored, file, mapped=True)
 
 
-@torch.no_grad()
-def fill(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
-    """Copy ``state`` into the model's parameters; every name and shape must fit."""
-    file, parameters = directory / WEIGHTS_FILE, dict(model.named_parameters())
-    if missing := parameters.keys() - state.keys():
-        raise UserError(f"{file} lacks {min(missing)}")
-    if unknown := state.keys() - parameters.keys():
-        raise UserError(f"{file} holds {min(unknown)}, which is not in the model that config.json describes")
-    for name, parameter in parameters.items():
-        if parameter.shape != state[name].shape:
-            got, want = tuple(state[name].shape), tuple(parameter.shape)
-            raise UserError(f"{file}: {name} is {got}, config.json wants {want}")
-        parameter.copy_(state[name])
+def check_overrides(overrides: dict[str, Any], known: Sequence[str] = OVERRIDES) -> None:
+    for name in overrides:
+        if name not in known:
+            raise UserError(
+                f"{name} of a saved model cannot be overridden{suggest(name, known)}; can be: {', '.join(known)}"
+            )
+
+
