@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmfast.config import GPTConfig
 from llmfast.interop.source import Model, Source
+from llmfast.interop.target import need, need_default_scale, with_biases, write_json
 from llmfast.nn.weights import Stored
 
 _LAYER = {
@@ -72,3 +80,31 @@ def _split(name: str) -> tuple[str, str]:
         return "", name
     _, layer, rest = (*name.split(".", 2), "", "")[:3]
     return layer, rest
+
+
+def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """model.pth, a state_dict that ``GPTModel(config).load_state_dict`` takes, and its configuration in config.json."""
+    options = dict(lm_head_bias=False, attn_out_proj=True, layer_norm_eps=1e-5, activation="gelu_tanh")
+    need(config, "the book's GPTModel", **options)
+    need_default_scale(config, "the book's GPTModel")
+    state = with_biases(config, weights, qkv=config.has_qkv_bias)
+    mask = torch.ones(config.block_size, config.block_size).triu(1)
+    names = {ours: theirs for theirs, ours in reversed(_REST.items())}
+    parts = {ours: theirs for theirs, ours in _LAYER.items()}
+    content: dict[str, Tensor] = {}
+    for name, t in state.items():
+        if name in names:
+            content[names[name]] = t
+            continue
+        layer, part = name.removeprefix("transformer.h.").split(".", 1)
+        prefix, kind = f"trf_blocks.{layer}.", part.rpartition(".")[2]
+        if part.startswith("attn.c_attn."):
+            content[f"{prefix}att.mask"] = mask
+            for theirs, third in zip((QUERY, KEY, VALUE), t.chunk(3), strict=True):
+                content[f"{prefix}{theirs}{kind}"] = third.clone()
+        else:
+            content[prefix + parts[part]] = t
+    content.setdefault("out_head.weight", content["tok_emb.weight"])
+    torch.save(content, folder / "model.pth")
+    settings = {theirs: getattr(config, ours) for theirs, ours in _ALIASES.items() if theirs != "n_head"}
+    write_json(folder / "config.json", {**settings, "qkv_bias": config.has_qkv_bias})

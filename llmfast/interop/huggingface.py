@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from llmfast.config import GPTConfig
 from llmfast.errors import UserError
 from llmfast.interop.source import Model, Source
+from llmfast.interop.target import GPT2_SIZES, need, need_default_scale, with_biases, write_json
 from llmfast.nn.weights import Stored
+from llmfast.tokenizer import Tokenizer
+from llmfast.tokenizer import hugging_face as tokenizer_files
 
 logger = logging.getLogger("llmfast")
 
@@ -74,3 +82,39 @@ def _options(source: Source) -> dict[str, Any]:
     if config.get("scale_attn_weights", True) is False:
         options["attn_scale"] = 1.0
     return options
+
+
+def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None) -> None:
+    """config.json, generation_config.json and model.safetensors, which GPT2LMHeadModel.from_pretrained loads."""
+    default = config.softmax_scale == config.head_size**-0.5
+    if config.softmax_scale != 1.0:
+        need_default_scale(config, "Hugging Face's GPT-2")
+    need(config, "Hugging Face's GPT-2", lm_head_bias=False, attn_out_proj=True)
+    state = with_biases(config, weights)
+    dtype = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
+    end = tokenizer.eot_id if tokenizer is not None else 50256 if config.vocab_size in GPT2_SIZES else None
+    tokens = {"bos_token_id": end, "eos_token_id": end}
+    values = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation],
+        **{name: config.dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")},
+        "layer_norm_epsilon": config.layer_norm_eps,
+        "scale_attn_weights": default,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # transformers before 4.56
+        **tokens,
+    }
+    stored = {name: (t.T if name.endswith(CONV1D) else t).contiguous() for name, t in state.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", values)
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    if tokenizer is not None:
+        tokenizer_files.write(tokenizer, folder, config.block_size)

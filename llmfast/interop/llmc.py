@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from llmfast.config import GPTConfig
 from llmfast.errors import UserError
 from llmfast.interop.source import Model, Source
+from llmfast.interop.target import need, need_default_scale, with_biases
 from llmfast.nn.weights import Stored, map_file, typed
+from llmfast.tokenizer import Tokenizer
 
 MAGIC = 20240326
+TOKENIZER_MAGIC = 20240328
 OTHER_FILES = {
     20240327: "llm.c's debug state",
-    20240328: "llm.c's tokenizer",
+    TOKENIZER_MAGIC: "llm.c's tokenizer",
     20240520: "llm.c's tokens",
 }
 DTYPES = {3: torch.float32, 5: torch.bfloat16}
@@ -57,7 +63,7 @@ def read(path: Path) -> tuple[Source, Model]:
             raise UserError(f"{path} is damaged: {name} is {number}")
     dtype = DTYPES[version]
     wanted = HEADER.size + dtype.itemsize * (C * (padded + T + 2) + n_layer * (12 * C * C + 13 * C))
-    if size != wanted or V > padded:
+    if size != wanted or padded < V:
         raise UserError(f"{path} is damaged: {size:,} bytes where its header wants {wanted:,}")
     data, offset = map_file(path), HEADER.size
     tensors = {}
@@ -68,3 +74,31 @@ def read(path: Path) -> tuple[Source, Model]:
     del numbers["padded_vocab_size"]
     stored = {name: Stored((name,), (tensor,)) for name, tensor in tensors.items()}
     return Source(path, tensors, True), Model({**numbers, "activation": "gelu_tanh"}, stored)
+
+
+def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None) -> None:
+    """model.bin, float32 or bfloat16 as the weights are, its vocabulary padded to a multiple of 128; and
+    gpt2_tokenizer.bin, which llm.c writes its samples with."""
+    options = dict(tie_embeddings=True, lm_head_bias=False, attn_out_proj=True, layer_norm_eps=1e-5)
+    need(config, "llm.c", activation="gelu_tanh", **options)
+    need_default_scale(config, "llm.c")
+    state = with_biases(config, weights)
+    dtype = state["transformer.wte.weight"].dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"llm.c has float32 and bfloat16, not {str(dtype).removeprefix('torch.')}: choose with --dtype")
+    version = next(number for number, kind in DTYPES.items() if kind == dtype)
+    V, C = config.vocab_size, config.n_embd
+    padded = -(-V // 128) * 128
+    with (folder / "model.bin").open("wb") as file:
+        numbers = (MAGIC, version, config.block_size, V, config.n_layer, config.n_head, C, padded)
+        file.write(HEADER.pack(*numbers, *[0] * (256 - len(numbers))))
+        for name, _ in tensors_of(config.n_layer, C, V, config.block_size):
+            file.write(memoryview(state[name].view(torch.uint8).numpy()))
+            if name == "transformer.wte.weight":
+                file.write(bytes((padded - V) * C * dtype.itemsize))
+    if tokenizer is not None and tokenizer.eot_id is not None:
+        tokens = tokenizer.token_bytes()
+        if all(0 < len(token) < 256 for token in tokens):
+            header = HEADER.pack(TOKENIZER_MAGIC, 2, len(tokens), tokenizer.eot_id, *[0] * 252)
+            lines = b"".join(bytes([len(token)]) + token for token in tokens)
+            (folder / "gpt2_tokenizer.bin").write_bytes(header + lines)

@@ -35,7 +35,13 @@ _REST = {
     "wte": "transformer.wte.weight", "wpe": "transformer.wpe.weight",
     "ln_f/g": "transformer.ln_f.weight", "ln_f/b": "transformer.ln_f.bias",
 }  # fmt: skip
-_ALIASES = {"n_vocab": "vocab_size", "n_ctx": "block_size", "n_embd": "n_embd", "n_head": "n_head", "n_layer": "n_layer"}
+_ALIASES = {
+    "n_vocab": "vocab_size",
+    "n_ctx": "block_size",
+    "n_embd": "n_embd",
+    "n_head": "n_head",
+    "n_layer": "n_layer",
+}
 
 
 class _Damaged(ValueError):

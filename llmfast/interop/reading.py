@@ -88,8 +88,12 @@ def _find_in(folder: Path) -> Path:
         found = [file for file in sorted(folder.iterdir()) if file.suffix in (".pt", ".pth") and file.is_file()]
         found += [file for file in sorted(folder.glob("*.bin")) if _begins(file) == llmc.MAGIC]
         # llm.c writes each model twice.
-        found = [file for file in found if file.with_name(file.name.replace("_bf16.bin", ".bin")) not in found or
-                 not file.name.endswith("_bf16.bin")]
+        found = [
+            file
+            for file in found
+            if file.with_name(file.name.replace("_bf16.bin", ".bin")) not in found
+            or not file.name.endswith("_bf16.bin")
+        ]
     if not found:
         raise UserError(f"no checkpoint in {folder} that llmfast knows (docs/interop.md lists them)")
     if len(found) > 1:
@@ -169,10 +173,13 @@ def _reader(source: Source) -> Callable[[Source], Model]:
     for root in ("transformer.", ""):
         first = names.get(f"{root}h.0.attn.c_attn.weight")
         if first is not None and f"{root}wte.weight" in names:
-            # nn.Linear's (3 C, C), or Conv1D's (C, 3 C).
-            conv1d = first.dim() == 2 and first.shape[1] > first.shape[0]
-            return huggingface.read if conv1d or "activation_function" in source.config else nanogpt.read
-    raise UserError(f"{source.path} holds no GPT-2 that llmfast knows: its tensors are {', '.join(list(names)[:3])} ...")
+            # Conv1D's (C, 3 C), or nn.Linear's (3 C, C).
+            if (first.dim() == 2 and first.shape[1] > first.shape[0]) or "activation_function" in source.config:
+                return huggingface.read
+            if source.path.suffix == ".safetensors":
+                raise UserError(f"{source.path} is a model of llmfast's without its own config.json beside it")
+            return nanogpt.read
+    raise UserError(f"{source.path} holds no GPT-2 that llmfast knows: it begins with {', '.join(list(names)[:3])}")
 
 
 def _configuration(source: Source, model: Model, overrides: dict[str, Any]) -> GPTConfig:

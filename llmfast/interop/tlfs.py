@@ -7,9 +7,16 @@ attention scores by 1/sqrt(n_embd) instead of 1/sqrt(head size): of that the fil
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from llmfast.config import GPTConfig
 from llmfast.errors import UserError
 from llmfast.interop.source import Model, Source
+from llmfast.interop.target import need, need_default_scale, with_biases, write_json
 from llmfast.nn.weights import Stored
 
 _LAYER = {
@@ -73,3 +80,38 @@ def _translated(name: str) -> str:
         return f"{_REST[module]}.{kind}"
     found = re.fullmatch(r"attn_blocks\.(\d+)\.(.+)", module)
     return f"transformer.h.{found[1]}.{_LAYER[found[2]]}.{kind}" if found and found[2] in _LAYER else name
+
+
+def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """transformer.pt of the generation that the model belongs to, and its configuration in config.json."""
+    program = "train-llm-from-scratch"
+    need(config, program, layer_norm_eps=1e-5, activation="relu")
+    if config.has_qkv_bias:
+        raise UserError(f"{program} cannot hold this model: qkv_bias is True, and it has False only")
+    if config.attn_out_proj or config.softmax_scale != config.n_embd**-0.5:
+        need_default_scale(config, program)
+    state = with_biases(config, weights, qkv=False)
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    state.setdefault("lm_head.bias", torch.zeros(config.vocab_size, dtype=state["lm_head.weight"].dtype))
+    modules = {ours: theirs for theirs, ours in _REST.items()}
+    parts = {ours: theirs for theirs, ours in _LAYER.items()}
+    triangle = torch.ones(config.block_size, config.block_size).tril()
+    content: dict[str, Tensor] = {"pos_idxs": torch.arange(config.block_size)}
+    for name, t in state.items():
+        module, _, kind = name.rpartition(".")
+        if module in modules:
+            content[f"{modules[module]}.{kind}"] = t
+            continue
+        layer, part = module.removeprefix("transformer.h.").split(".", 1)
+        if part == "attn.c_attn":
+            for number, head in enumerate(t.view(3, config.n_head, config.head_size, config.n_embd).unbind(1)):
+                prefix = f"attn_blocks.{layer}.attn.heads.{number}."
+                content[f"{prefix}tril"] = triangle
+                content |= {f"{prefix}{kind}.weight": w.clone() for kind, w in zip(PARTS, head, strict=True)}
+        else:
+            content[f"attn_blocks.{layer}.{parts[part]}.{kind}"] = t
+    torch.save({"model_state_dict": content}, folder / "transformer.pt")
+    options = {theirs: getattr(config, ours) for theirs, ours in _ALIASES.items()}
+    if config.attn_scale is None:
+        del options["attn_scale"]
+    write_json(folder / "config.json", options)

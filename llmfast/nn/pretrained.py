@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from llmfast.config import GPTConfig, suggest
 from llmfast.errors import UserError
@@ -30,20 +30,31 @@ def save(model: nn.Module, directory: Path) -> None:
 
     Of a model with adapters these alone are written, and in the config which base they belong to.
     """
-    text = json.dumps(describe(model), indent=2) + "\n"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         if lora_layers(model):
+            directory.mkdir(parents=True, exist_ok=True)
             base = getattr(model, "lora_base", None) or {}
             adapter.save_adapter(model, directory, base=base.get("path"))
+            _write_config(describe(model), directory)
         else:
             state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
             if model.config.tie_embeddings:  # type: ignore[union-attr]
                 state.pop("lm_head.weight", None)
-            _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        _replace(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+            write(describe(model), state, directory)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the model to {directory}: {error}") from error
+
+
+def write(description: dict[str, Any], state: dict[str, Tensor], directory: Path) -> None:
+    """Write contiguous weights that share no memory, and the config."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    _write_config(description, directory)
+
+
+def _write_config(description: dict[str, Any], directory: Path) -> None:
+    text = json.dumps(description, indent=2) + "\n"
+    _replace(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -97,5 +108,3 @@ def check_overrides(overrides: dict[str, Any], known: Sequence[str] = OVERRIDES)
             raise UserError(
                 f"{name} of a saved model cannot be overridden{suggest(name, known)}; can be: {', '.join(known)}"
             )
-
-

@@ -151,13 +151,14 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 def map_file(path: Path) -> torch.UntypedStorage:
     """The bytes of a file, mapped and private to this process."""
-    return torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    return torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)  # type: ignore[return-value]
 
 
 def typed(data: torch.UntypedStorage, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A view of mapped bytes, aligned or not, as a tensor."""
     part = data[offset : offset + math.prod(shape) * dtype.itemsize]
-    return torch.empty(0, dtype=dtype).set_(part, 0, tuple(shape))
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.empty(0, dtype=dtype).set_(part, 0, list(shape), strides)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

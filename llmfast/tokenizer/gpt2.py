@@ -125,7 +125,8 @@ def _characters() -> dict[int, str]:
     return {byte: character for character, byte in _printable_bytes().items()}
 
 
-def _token_bytes(written: str) -> bytes:
+def parse_written(written: str) -> bytes:
+    """The token that ``written`` wrote; a ``KeyError`` for another character."""
     return bytes(_printable_bytes()[character] for character in written)
 
 
@@ -135,12 +136,12 @@ def _parse_merges(text: str) -> list[bytes]:
     for line in text.split("\n")[1:]:
         if line:
             left, right = line.split()
-            tokens.append(_token_bytes(left) + _token_bytes(right))
+            tokens.append(parse_written(left) + parse_written(right))
     return tokens
 
 
 def _parse_encoder(text: str) -> list[bytes]:
-    tokens = {i: _token_bytes(written) for written, i in json.loads(text).items()}
+    tokens = {i: parse_written(written) for written, i in json.loads(text).items()}
     if tokens.pop(RANKS, None) not in (END_OF_TEXT.encode(), None):
         raise ValueError("the last id is not <|endoftext|>")
     return [tokens[i] for i in range(len(tokens))]

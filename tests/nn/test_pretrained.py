@@ -45,10 +45,12 @@ def test_a_tied_matrix_is_stored_once(saved):
     assert "transformer.wte.weight" in names
 
 
-def test_dropout_and_scale_can_be_overridden_and_nothing_else(saved):
+def test_what_weights_do_not_tell_can_be_overridden_and_nothing_else(saved):
     config = GPT.from_pretrained(saved, dropout=0.3, attn_scale=0.5).config
     assert (config.dropout, config.attn_scale) == (0.3, 0.5)
-    with pytest.raises(UserError, match=r"n_layer of a saved model cannot be overridden; can be: dropout, attn_scale"):
+    with pytest.raises(
+        UserError, match=r"n_layer of a saved model cannot be overridden; can be: dropout, attn_scale, activation"
+    ):
         GPT.from_pretrained(saved, n_layer=3)
     with pytest.raises(UserError, match=r"did you mean dropout\?"):
         GPT.from_pretrained(saved, drop_out=0.3)
@@ -82,21 +84,21 @@ def rewrite_weights(saved: Path, change) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: (d / "config.json").unlink(), "not a saved llmfast model: it has no config.json"),
-        (lambda d: (d / "model.safetensors").unlink(), "not a saved llmfast model: it has no model.safetensors"),
+        (lambda d: (d / "config.json").unlink(), "without its own config.json beside it"),
+        (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors beside its config.json"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), "config.json is not valid JSON"),
-        (lambda d: (d / "config.json").write_text("[]"), "does not describe an llmfast model"),
-        (lambda d: rewrite_config(d, model_type="gpt2"), "does not describe an llmfast model"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json is not a JSON object"),
+        (lambda d: rewrite_config(d, model_type="gpt2"), "without its own config.json beside it"),
         (lambda d: rewrite_config(d, n_layers=3), r"unknown model option 'n_layers' \(did you mean n_layer\?\)"),
         (lambda d: rewrite_config(d, dropout="much"), "config.json: "),
         (lambda d: rewrite_config(d, n_layer=3), "model.safetensors lacks transformer.h.2"),
         (lambda d: rewrite_config(d, n_layer=1), "model.safetensors holds transformer.h.1"),
-        (lambda d: rewrite_config(d, block_size=12), r"wpe.weight is \(13, 21\), config.json wants \(12, 21\)"),
+        (lambda d: rewrite_config(d, block_size=12), r"wpe.weight is \(13, 21\), the model wants \(12, 21\)"),
         (lambda d: rewrite_weights(d, lambda s: s.pop("transformer.ln_f.bias")), "lacks transformer.ln_f.bias"),
         (lambda d: (d / "model.safetensors").write_bytes(b"not tensors"), "model.safetensors is damaged"),
         (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors is damaged"),
-        (lambda d: d.rename(d.parent / "elsewhere"), "does not exist"),
+        (lambda d: d.rename(d.parent / "elsewhere"), "no such checkpoint"),
     ],
 )
 def test_what_is_no_model_is_one_clear_line(saved, damage, message):
