@@ -93,7 +93,7 @@ def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokeni
         numbers = (MAGIC, version, config.block_size, V, config.n_layer, config.n_head, C, padded)
         file.write(HEADER.pack(*numbers, *[0] * (256 - len(numbers))))
         for name, _ in tensors_of(config.n_layer, C, V, config.block_size):
-            file.write(memoryview(state[name].view(torch.uint8).numpy()))
+            state[name].view(torch.uint8).numpy().tofile(file)
             if name == "transformer.wte.weight":
                 file.write(bytes((padded - V) * C * dtype.itemsize))
     if tokenizer is not None and tokenizer.eot_id is not None:

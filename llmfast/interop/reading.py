@@ -128,7 +128,7 @@ def _open(file: Path) -> Source:
     config = read_json(beside) if beside.is_file() else {}
     kind = config.get("model_type", "gpt2")
     if kind != "gpt2":
-        raise UserError(f"{beside}: model_type is {kind!r}, and llmfast reads gpt2's")
+        raise UserError(f"{beside}: model_type is {kind!r}, no language model that llmfast reads (gpt2)")
     if file.name.endswith(".index.json"):
         tensors, mapped = _sharded(file)
         return Source(file, tensors, mapped, config=config)

@@ -40,8 +40,8 @@ def write(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
         pairs = [[written(left), written(right)] for left, right in merges]
         content |= {"pre_tokenizer": _BYTE_LEVEL, "decoder": _BYTE_LEVEL}
         content["model"] = {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-            "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": pairs,
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary, "merges": pairs,
         }  # fmt: skip
         settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
         settings |= {name: END_OF_TEXT for name in ("bos_token", "eos_token", "unk_token")}
