@@ -127,17 +127,13 @@ def _arrive(
     """The whole and checked NAME.part, from the first address that gives it."""
     part, reasons = _part(target), []
     for url in map(_endpoint, urls):
-        resumed = part.exists()
         try:
-            _receive(url, target, size, progress, patience, resumable=sha256 is not None)
-            if sha256 is not None and file_sha256(part) != sha256 and resumed:
-                # What was there may have been the wrong half.
+            for _ in range(2 if part.exists() else 1):  # what lies there may be half of another file
+                _receive(url, target, size, progress, patience, resumable=sha256 is not None)
+                if sha256 is None or (found := file_sha256(part)) == sha256:
+                    _etag_file(target).unlink(missing_ok=True)
+                    return part
                 _forget(target)
-                _receive(url, target, size, progress, patience, resumable=True)
-            if sha256 is None or (found := file_sha256(part)) == sha256:
-                _etag_file(target).unlink(missing_ok=True)
-                return part
-            _forget(target)
             raise _Refused(f"its SHA-256 is {found} instead of {sha256}: not kept")
         except _Refused as refusal:
             reasons.append(f"{url}: {refusal}")
@@ -289,13 +285,20 @@ def _alone(target: Path) -> Iterator[None]:
     while True:
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
-                continue  # whoever held it has removed it: others may hold a new one
+            if not _is_same(lock, file.fileno()):
+                continue  # whoever held it has removed it, and others may hold a new one
             try:
                 yield
             finally:
                 lock.unlink()
             return
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _part(target: Path) -> Path:

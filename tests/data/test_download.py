@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import logging
@@ -216,6 +217,17 @@ def test_what_is_in_the_way_is_left_alone(server, tmp_path):
             get(server, tmp_path, sha256=sha256)
     assert (tmp_path / "file.bin").read_bytes() == b"mine"
     assert server.requests == []
+
+
+def test_a_full_disk_is_not_tried_again(server, tmp_path, monkeypatch):
+    def full(*words):
+        raise OSError(errno.ENOSPC, "No space left on device", "file.bin.part")
+
+    monkeypatch.setattr(download, "_chunks", full)
+    server.pages["/file"] = page(BODY)
+    with pytest.raises(OSError, match="No space left"):
+        get(server, tmp_path)
+    assert len(server.requests) == 1
 
 
 def _get_in_process(url: str, folder: Path) -> None:
