@@ -70,11 +70,12 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
     Of several, ``prefer="best"`` takes the best one where it verifies; otherwise, and for ``"latest"``, it is the
     newest that verifies. What is passed over is logged with the reason. A folder with weights but no manifest
     (``save_pretrained``) is taken as it is, and so is another program's checkpoint (docs/interop.md), a file or a
-    folder. Raises ``UserError`` where there is none.
+    folder. "gpt2" and its larger sisters are fetched where there is nothing of that name. Raises ``UserError`` where
+    there is none.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such checkpoint: {path}")
+    from llmfast import interop  # a door to a room beside (docs/architecture.md), for other programs' files
+
+    path = interop.located(path)
     if (path / layout.MANIFEST_FILE).exists() or path.resolve().name.startswith("step-"):
         _verify(path)
         return path
@@ -97,8 +98,6 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
         return candidate
     if refused:
         raise UserError(f"no checkpoint in {root} verifies: {'; '.join(refused)}")
-    from llmfast import interop  # a door to a room beside (docs/architecture.md), for other programs' files
-
     interop.find(path)
     return path
 

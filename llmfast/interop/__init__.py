@@ -1,6 +1,6 @@
 """Models of other programs: their files, in and out (docs/interop.md), and their speed (``accelerate``)."""
 
-from llmfast.interop.reading import find, load
+from llmfast.interop.reading import find, load, located
 from llmfast.interop.tokenizers import load_tokenizer
 
-__all__ = ["find", "load", "load_tokenizer"]
+__all__ = ["find", "load", "load_tokenizer", "located"]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfast.config import GPTConfig
+from llmfast.config import GPTConfig, suggest
 from llmfast.errors import UserError
 from llmfast.interop import book, huggingface, llmc, nanogpt, openai_tf, tlfs
+from llmfast.interop.hub import NAMES, named_weights
 from llmfast.interop.source import Model, Source, check_tensors, read_json, state_dict
 from llmfast.interop.torch_files import read_torch
 from llmfast.nn import GPT, pretrained
@@ -29,9 +30,10 @@ def load(path: str | Path, **overrides: Any) -> tuple[GPTConfig, Weights]:
 
     The weights are a mapping of our parameter names, weights (out, in), to views of the file in its own dtype, a tied
     head left out; they fit the configuration. ``overrides`` replace dropout, attn_scale and activation, and tell what
-    a file cannot: n_head. Raises ``UserError``.
+    a file cannot: n_head. ``path`` may be one of GPT-2's names, "gpt2" to "gpt2-xl": see ``hub.named_weights``.
+    Raises ``UserError``.
     """
-    path = Path(path)
+    path = located(path)
     try:
         if pretrained.is_saved(path):
             config, weights = pretrained.load(path, overrides)
@@ -46,14 +48,23 @@ def load(path: str | Path, **overrides: Any) -> tuple[GPTConfig, Weights]:
     return config, weights
 
 
+def located(path: str | Path) -> Path:
+    """``path`` if it exists, else the folder of the weights that it names (``hub.named_weights``); or ``UserError``."""
+    path = Path(path)
+    if path.exists():
+        return path
+    named = named_weights(path.as_posix())
+    if named is None:
+        raise UserError(f"no such checkpoint: {path}{suggest(path.as_posix(), NAMES)}")
+    return named
+
+
 def find(path: str | Path) -> Path:
     """The file (of several: the one that leads to the others) of another program's checkpoint in ``path``.
 
     Raises ``UserError`` where there is none, or more than one.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no such checkpoint: {path}")
+    path = located(path)
     if path.is_dir():
         return _find_in(path)
     if path.name == "checkpoint":

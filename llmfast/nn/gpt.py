@@ -199,7 +199,7 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> GPT:
         """The model at ``path``, in float32 on the CPU: a directory that ``save_pretrained`` wrote, or another
-        program's checkpoint (docs/interop.md).
+        program's checkpoint (docs/interop.md); or one of GPT-2's names, "gpt2" to "gpt2-xl", which are fetched.
 
         ``overrides`` replace ``dropout``, ``attn_scale`` and ``activation``, and tell what a file cannot, such as
         ``n_head``. Raises ``UserError`` where ``path`` holds no such model, or where something must be told.

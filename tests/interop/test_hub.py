@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from web import page, web
 
+from llmfast import GPT, GPTConfig
+from llmfast.checkpoint import load_model
 from llmfast.data import catalog
 from llmfast.data.catalog import Entry, Remote
 from llmfast.data.download import Patience, fetch
@@ -101,6 +107,60 @@ def test_without_the_library_openais_own_files_are_taken(server, monkeypatch, tm
     monkeypatch.setattr(hub, "fetch", functools.partial(fetch, patience=Patience(pause=0.01)))
     with pytest.raises(UserError, match="cannot download"):
         hub.named_weights("gpt2", progress=False)
+
+
+@pytest.fixture
+def checkpoints() -> Path:
+    folder = os.environ.get("LLMFAST_TEST_CHECKPOINTS")
+    if not folder:
+        pytest.skip("LLMFAST_TEST_CHECKPOINTS names no folder of checkpoints")
+    return Path(folder)
+
+
+def logits_error(model: GPT, expected: Path) -> float:
+    known = np.load(expected)
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(known["input_ids"]))[0]
+    return float((logits - torch.from_numpy(known["logits"])).abs().max())
+
+
+def test_from_pretrained_takes_the_hubs_gpt2(hugging_face, monkeypatch, checkpoints, one_thread):
+    folder = checkpoints / "hf-gpt2"
+    weights = (folder / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    monkeypatch.setitem(catalog.HUB_MODELS, "gpt2", (COMMIT, (None, None), (digest, None)))
+    hugging_face({"config.json": (folder / "config.json").read_bytes(), "model.safetensors": weights})
+    for model in (GPT.from_pretrained("gpt2"), load_model("openai-community/gpt2")):
+        assert logits_error(model, checkpoints / "hf-gpt2.expected.npz") < 1e-4
+
+
+def test_from_pretrained_takes_openais_gpt2(server, monkeypatch, checkpoints, one_thread):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    remotes = []
+    for file in sorted((checkpoints / "openai-tf").iterdir()):
+        server.pages[f"/{file.name}"] = page(file.read_bytes())
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        remotes.append(Remote(file.name, (server.url(f"/{file.name}"),), digest))
+    monkeypatch.setitem(catalog.ENTRIES, "gpt2-124M", Entry("", tuple(remotes)))
+    expected = GPT.from_pretrained(checkpoints / "openai-tf").state_dict()
+    found = GPT.from_pretrained("gpt2").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_folder_of_that_name_wins(server, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=1, n_embd=4)).save_pretrained("gpt2")
+    assert GPT.from_pretrained("gpt2").config.vocab_size == 7
+    assert load_model("gpt2").config.vocab_size == 7
+    assert server.requests == []
+
+
+def test_a_name_nearly_right_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (GPT.from_pretrained, load_model):
+        with pytest.raises(UserError, match=r"no such checkpoint: gpt2-meduim \(did you mean gpt2-medium\?\)"):
+            load("gpt2-meduim")
 
 
 def test_other_names_are_not_its_business():
