@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -52,27 +52,43 @@ def write_gguf(
     """
     if dtype not in get_args(DType):
         raise ValueError(f"dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}")
+    return _write(model.config, model.state_dict(), Path(path), tokenizer, dtype, progress)
+
+
+def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None) -> None:
+    """model.gguf in ``folder``, its matrices in the type that the weights have: what ``llmfast convert`` calls."""
+    dtypes: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float16: "f16"}
+    _write(config, weights, folder, tokenizer, dtypes.get(weights["transformer.wte.weight"].dtype, "f32"))
+
+
+def _write(
+    config: GPTConfig,
+    weights: Mapping[str, Tensor],
+    path: Path,
+    tokenizer: Tokenizer | None,
+    dtype: DType,
+    progress: bool = False,
+) -> Path:
     gguf = _package()
-    path = Path(path)
     file = path if path.suffix == ".gguf" else path / "model.gguf"
     modelfile = file.with_name("Modelfile")
     if tokenizer is not None:
         _check_modelfile(modelfile, file)
-    _refuse(model.config, tokenizer)
-    rows = model.config.vocab_size if tokenizer is None else tokenizer.vocab_size
+    _refuse(config, tokenizer)
+    rows = config.vocab_size if tokenizer is None else tokenizer.vocab_size
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(partial, "gpt2")
-        _add_settings(gguf, writer, model.config, rows, file.stem, dtype)
+        _add_settings(gguf, writer, config, rows, file.stem, dtype)
         _add_tokenizer(gguf, writer, tokenizer)
         try:
-            _write_tensors(gguf, writer, model, rows, dtype, progress)
+            _write_tensors(gguf, writer, lambda: _tensors(config, weights, rows), dtype, progress)
         finally:
             writer.close()
         os.replace(partial, file)
         if tokenizer is not None:
-            modelfile.write_text(_modelfile(file, model.config), encoding="utf-8")
+            modelfile.write_text(_modelfile(file, config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or file}: {error.strerror or error}") from error
     finally:
@@ -159,10 +175,12 @@ def _escaped(character: str) -> str:
     return f"\\x{ord(character):02x}" if ord(character) < 0x20 else character
 
 
-def _write_tensors(gguf: ModuleType, writer: Any, model: GPT, rows: int, dtype: DType, progress: bool) -> None:
+def _write_tensors(
+    gguf: ModuleType, writer: Any, tensors: Callable[[], Iterator[tuple[str, Tensor]]], dtype: DType, progress: bool
+) -> None:
     """The header, then one tensor after the other, so that no copy of the model is held."""
     total = 0
-    for name, tensor in _tensors(model, rows):
+    for name, tensor in tensors():
         kind = _kind(gguf, name, tensor, dtype)
         block, size = gguf.GGML_QUANT_SIZES[kind]
         total += (nbytes := tensor.numel() // block * size)
@@ -171,7 +189,7 @@ def _write_tensors(gguf: ModuleType, writer: Any, model: GPT, rows: int, dtype: 
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
-        for name, tensor in _tensors(model, rows):
+        for name, tensor in tensors():
             values = _stored(gguf, name, tensor, _kind(gguf, name, tensor, dtype))
             writer.write_tensor_data(values)
             bar.update(values.nbytes)
@@ -199,30 +217,26 @@ def _stored(gguf: ModuleType, name: str, tensor: Tensor, kind: Any) -> Any:
 
 
 @torch.no_grad()
-def _tensors(model: GPT, rows: int) -> Iterator[tuple[str, Tensor]]:
+def _tensors(config: GPTConfig, weights: Mapping[str, Tensor], rows: int) -> Iterator[tuple[str, Tensor]]:
     """llama.cpp's tensors: (name, contiguous float32 values on the CPU; views of the model's where they can be)."""
-    config, state = model.config, model.state_dict()
-    width = config.n_embd
+    width, left = config.n_embd, set(weights)
     factor = config.softmax_scale * config.head_size**0.5
     if config.tie_embeddings:
-        del state["lm_head.weight"]
+        left.discard("lm_head.weight")
     for ours, theirs in _names(config).items():
-        weight = state.pop(f"{ours}.weight", None)
-        if weight is None:  # there is no output projection
-            weight = torch.eye(width)
-        if theirs in ("token_embd", "output"):
-            weight = weight[:rows]
-        parts = {"weight": weight}
+        absent = theirs.endswith("attn_output") and not config.attn_out_proj
+        weight = torch.eye(width) if absent else weights[f"{ours}.weight"]
+        parts = {"weight": weight[:rows] if theirs in ("token_embd", "output") else weight}
         if theirs not in ("token_embd", "position_embd", "output"):
-            bias = state.pop(f"{ours}.bias", None)
-            parts["bias"] = torch.zeros(len(weight)) if bias is None else bias
+            parts["bias"] = weights[f"{ours}.bias"] if f"{ours}.bias" in left else torch.zeros(len(weight))
+        left -= {f"{ours}.weight", f"{ours}.bias"}
         for part, tensor in parts.items():
             tensor = tensor.to("cpu", torch.float32)
             if theirs.endswith("attn_qkv") and not math.isclose(factor, 1.0):
                 tensor = torch.cat([tensor[:width] * factor, tensor[width:]])
             yield f"{theirs}.{part}", tensor.contiguous()
-    if state:
-        raise UserError(f"GGUF has no place for {min(state)}: merge adapters into the model first")
+    if left:
+        raise UserError(f"GGUF has no place for {min(left)}: merge adapters into the model first")
 
 
 def _names(config: GPTConfig) -> dict[str, str]:

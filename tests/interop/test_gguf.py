@@ -18,6 +18,7 @@ import torch
 from llmfast import GPT, GPTConfig
 from llmfast.errors import UserError
 from llmfast.generation import generate_ids
+from llmfast.interop import gguf as gguf_writer
 from llmfast.interop.gguf import write_gguf
 from llmfast.tokenizer import BPETokenizer, load_tokenizer, train_bpe, train_char
 
@@ -75,6 +76,19 @@ def test_the_gguf_package_reads_the_same_tensors(tmp_path, dtype):
             step = blocks.abs().amax(1, keepdim=True) / 127
             assert ((data.reshape(-1, 32) - blocks).abs() <= step * 0.57).all()  # the step is a float16
     assert not tensors
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "F32"), (torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_weights_in_a_mapping_keep_their_type(tmp_path, dtype, kind):
+    model = random_model().to(dtype)
+    state = model.state_dict()
+    del state["lm_head.weight"]  # tied
+    gguf_writer.write(model.config, state, tmp_path, None)
+    _, tensors = read(tmp_path / "model.gguf")
+    found = tensors["token_embd.weight"]
+    assert found.tensor_type.name == kind
+    data = torch.tensor(gguf.quants.dequantize(found.data, found.tensor_type))
+    assert torch.equal(data, state["transformer.wte.weight"].float())
 
 
 def test_rows_that_blocks_do_not_fill_stay_f16(tmp_path):
