@@ -300,4 +300,48 @@ class FinetuneConfig(TrainConfig):
         )
 
 
+@dataclass
+class ConversationConfig(FinetuneConfig):
+    """Options of tuning on conversations."""
+
+    prompt_style: str = option(
+        "alpaca", "alpaca, phi3, chatml, plain, a template with {instruction} and {input}, or a file that holds one"
+    )
+    split: Literal["book", "random"] = option(
+        "book",
+        "training, test and validation examples in the order of --data (the book's), or shuffled by --split-seed",
+    )
+    val_fraction: float = option(0.05, "part of --data kept for validation")
+    test_fraction: float = option(0.1, "part of --data kept for the test at the end")
+    response_tokens: int = option(
+        256, "longest answer to an example of the test split, in tokens (0: none are written)"
+    )
+
+
+@dataclass
+class InstructConfig(ConversationConfig):
+    """Options of ``llmfast finetune instruct``; learning rate, batch and epochs are the book's."""
+
+    mask_instruction: bool = option(False, "learn the responses only, not the prompts")
+    packing: bool = option(False, "several conversations in a row of the context's length, kept apart by attention")
+    epochs: float | None = option(2.0, "passes over the training examples; replaces --max-steps")
+
+
+@dataclass
+class PreferenceConfig(ConversationConfig):
+    """Options of ``llmfast finetune preference``; learning rate, batch and epochs are the book's."""
+
+    method: Literal["dpo", "orpo", "kto"] = option("dpo", "the loss: DPO and ORPO learn from pairs, KTO from labels")
+    beta: float = option(0.1, "dpo, kto: how closely the model keeps to the reference; orpo: weight of the odds ratio")
+    average_log_probs: bool = option(False, "dpo, kto: mean over a response's tokens instead of their sum (the book's)")
+    desirable_weight: float = option(1.0, "kto: weight of desirable examples")
+    undesirable_weight: float = option(1.0, "kto: weight of undesirable examples")
+    precompute_reference: bool = option(
+        False, "ask the reference model once, before the training, instead of holding it beside the model"
+    )
+    epochs: float | None = option(1.0, "passes over the training examples; replaces --max-steps")
+    learning_rate: float = option(5e-6, "peak learning rate")
+    weight_decay: float = option(0.01, "AdamW weight decay")
+
+
 MODEL_OVERRIDES = "vocab_size n_layer n_head n_embd dropout bias qkv_bias activation tie_embeddings init".split()

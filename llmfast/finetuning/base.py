@@ -21,6 +21,7 @@ from llmfast.errors import UserError
 from llmfast.nn import GPT, add_lora
 from llmfast.nn.adapter import weights_sha256
 from llmfast.tokenizer import Tokenizer, load_tokenizer
+from llmfast.tokenizer.base import replace_surrogates
 from llmfast.training.rundir import RunDirectory
 from llmfast.training.settings import check
 
@@ -114,7 +115,8 @@ def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
     for name, examples in splits.items():
         unfinished = folder / f".{name}.jsonl"
         unfinished.write_text(
-            "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8"
+            "".join(replace_surrogates(json.dumps(example, ensure_ascii=False)) + "\n" for example in examples),
+            encoding="utf-8",
         )
         os.replace(unfinished, folder / f"{name}.jsonl")
 
@@ -137,6 +139,9 @@ class Examples(Generic[T]):
     ``collate`` makes a batch's tensors of a list of examples. With ``seed``, every epoch has an order of its own, and
     the few samples that fill no whole optimizer step of ``batch_size`` are left out of it, other ones in each epoch;
     without, the order is that of ``examples``, all of them. ``rows`` is the size of a (micro) batch.
+
+    With ``length``, examples of similar length share a micro batch, which wastes little on padding: with ``seed`` the
+    samples of each optimizer step are sorted by it, which leaves the step's gradient as it is; else all of them.
     """
 
     def __init__(
@@ -147,13 +152,17 @@ class Examples(Generic[T]):
         *,
         batch_size: int | None = None,
         seed: int | None = None,
+        length: Callable[[T], int] | None = None,
     ) -> None:
         if not examples:
             raise UserError("there is no example to learn from")
         self.examples, self.collate, self.rows, self._seed = examples, collate, rows, seed
+        self._lengths = None if length is None else np.array([length(example) for example in examples])
         step = batch_size or rows
         whole = len(examples) // step * step
         self.samples_per_epoch = whole if seed is not None and whole else len(examples)
+        # Of a data set smaller than a step, a step's samples are of several epochs.
+        self._step = self.samples_per_epoch if seed is None else step if whole else 1
         self.sha256 = hashlib.sha256(repr(list(examples)).encode()).hexdigest()
         self._order = functools.lru_cache(maxsize=2)(self._order_of)
 
@@ -162,6 +171,12 @@ class Examples(Generic[T]):
         return self.collate([self.examples[self._order(epoch)[i]] for epoch, i in places])
 
     def _order_of(self, epoch: int) -> np.ndarray:
+        count = len(self.examples)
         if self._seed is None:
-            return np.arange(len(self.examples))
-        return np.random.RandomState([self._seed % 2**32, epoch]).permutation(len(self.examples))
+            order = np.arange(count)
+        else:
+            order = np.random.RandomState([self._seed % 2**32, epoch]).permutation(count)
+        if self._lengths is None:
+            return order
+        steps = order[: self.samples_per_epoch].reshape(-1, self._step)
+        return np.take_along_axis(steps, self._lengths[steps].argsort(1, kind="stable"), 1).ravel()

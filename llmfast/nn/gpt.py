@@ -132,7 +132,9 @@ class GPT(nn.Module):
         head = self.lm_head
         if targets is not None and isinstance(head, LoRALinear):  # its product is none that the fused loss knows
             scores = head(x)
-            loss = F.cross_entropy(scores.float().flatten(0, 1), targets.flatten())
+            losses = F.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")
+            total = losses if reduction == "none" else losses.sum()
+            loss = total / (targets != -100).sum().clamp(min=1) if reduction == "mean" else total
             return scores if return_logits else None, loss
         logits = head(x) if targets is None or return_logits else None
         if targets is None:
