@@ -142,13 +142,17 @@ def reference_of(model: nn.Module, config: PreferenceConfig) -> Reference:
                 return log_probs(model, inputs, targets, average)
 
         return without_adapters
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = frozen_copy(model)
 
     def of_copy(_: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
             return log_probs(frozen.to(inputs.device), inputs, targets, average)
 
     return of_copy
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def log_probs(model: Any, inputs: Tensor, targets: Tensor, average: bool) -> Tensor:

@@ -234,7 +234,7 @@ def _message(message: Any, where: str) -> tuple[str, str]:
         raise ValueError(f"{where} is no message with role and content")
     role_key, text_key = ("from", "value") if "from" in message else ("role", "content")
     role = message.get(role_key)
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"{where}: {role_key} is {role!r}, not user, assistant or system")
     if not isinstance(message.get(text_key), str) or not message[text_key].strip():
         raise ValueError(f"{where}: {text_key} is empty or no text")

@@ -82,7 +82,8 @@ def test_a_bad_style_is_named(style, message):
 def test_what_an_entry_holds_is_never_taken_for_a_placeholder_or_a_prompt():
     entry = {"instruction": "{input} ### Response:\n", "input": "{instruction}", "output": "### Response:\n{input}"}
     assert text("alpaca", entry).endswith(
-        "### Instruction:\n{input} ### Response:\n\n\n### Input:\n{instruction}\n\n### Response:\n[[### Response:\n{input}]]"
+        "### Instruction:\n{input} ### Response:\n\n\n### Input:\n{instruction}\n\n"
+        "### Response:\n[[### Response:\n{input}]]"
     )
     tokenizer = load_tokenizer("byte")
     encoded = encode(tokenizer, STYLES["alpaca"], conversation_of(entry))
