@@ -39,7 +39,7 @@ def build(name: str) -> tuple[Any, Callable[[], Any]]:
     if name == "huggingface":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H, loss_type="ForCausalLM")
+        sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=L, n_head=H)
         model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).train()
         return model, lambda: model(x, labels=x).loss
     peers = Path(os.environ["LLMFAST_PEERS"])

@@ -46,7 +46,7 @@ def main() -> None:
     split = len(data) * 9 // 10
     config = GPT2Config(
         vocab_size=256, n_positions=args.block_size, n_embd=args.width, n_layer=4, n_head=4,
-        bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     print(llmfast.accelerate(model))

@@ -29,7 +29,7 @@ class ByteGPT(L.LightningModule):
         self.save_hyperparameters()
         self.model = GPT2LMHeadModel(
             GPT2Config(vocab_size=256, n_positions=block_size, n_embd=width, n_layer=4, n_head=4, bos_token_id=0,
-                       eos_token_id=0, loss_type="ForCausalLM")
+                       eos_token_id=0)
         )  # fmt: skip
         print(llmfast.accelerate(self.model))
 

@@ -64,7 +64,7 @@ def hugging_face(kind: str = "GPT2LMHeadModel", dropout: float = 0.0, **options:
     transformers = pytest.importorskip("transformers")
     pdrop = {name: dropout for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     sizes = dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=LAYERS, n_head=HEADS, bos_token_id=0, eos_token_id=0)
-    config = transformers.GPT2Config(**{**sizes, **pdrop, "pad_token_id": 0, "loss_type": "ForCausalLM", **options})
+    config = transformers.GPT2Config(**{**sizes, **pdrop, "pad_token_id": 0, **options})
     return spread(getattr(transformers, kind)(config))
 
 
