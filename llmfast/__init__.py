@@ -22,6 +22,8 @@ _EXPORTS = {
     "GPT": "llmfast.nn",
     "generate": "llmfast.generation",
     "Trainer": "llmfast.training",
+    "ClassifyConfig": "llmfast.config",
+    "finetune_classify": "llmfast.finetuning",
     "accelerate": "llmfast.interop.accelerate",
     "restore": "llmfast.interop.accelerate",
     "load_tokenizer": "llmfast.tokenizer",

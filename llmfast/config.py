@@ -301,6 +301,29 @@ class FinetuneConfig(TrainConfig):
 
 
 @dataclass
+class ClassifyConfig(FinetuneConfig):
+    """Options of ``llmfast finetune classify``."""
+
+    data: str = field(
+        kw_only=True, metadata={"help": "the examples: one CSV, TSV, JSON or JSONL file with a text and a label each"}
+    )
+    text_column: str | None = option(None, "column of the text (default: guessed, and said)")
+    label_column: str | None = option(None, "column of the label (default: guessed, and said)")
+    balance: bool = option(False, "take as many examples of each class as the rarest has")
+    class_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "weight of a class in the loss, as spam=3; balanced: each class counts as much as another"},
+    )
+    pad_to: int | None = option(None, "pad texts to so many tokens (default: to the longest of a batch)")
+    train: Literal["all", "last-block", "head", "lora"] = option(  # type: ignore[assignment]
+        "all", "what is trained: all parameters; last-block: last layer, final norm and head; the head; or adapters"
+    )
+    sample_every: int | None = option(0, "a classifier writes no samples")
+
+    hidden: ClassVar[tuple[str, ...]] = (*FinetuneConfig.hidden, "sample_every", "sample_prompt", "sample_tokens")
+
+
+@dataclass
 class ConversationConfig(FinetuneConfig):
     """Options of tuning on conversations."""
 

@@ -115,8 +115,11 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(options: ModelOptions, *, cast: bool) -> Iterator[OpenModel]:
-    """The model of ``options.checkpoint`` and its kernels; ``cast`` turns its weights to the compute type, too."""
+def open_model(options: ModelOptions, *, cast: bool, classifier: bool = False) -> Iterator[OpenModel]:
+    """The model of ``options.checkpoint`` and its kernels; ``cast`` turns its weights to the compute type, too.
+
+    ``UserError`` where it is a classifier and should write text, or the other way round.
+    """
     import torch
 
     from llmfast import ops
@@ -133,6 +136,11 @@ def open_model(options: ModelOptions, *, cast: bool) -> Iterator[OpenModel]:
     ops.tune_process(options.threads)
     with ops.use_backend(options.backend):
         model = load_model(path, device=device, dtype=dtype if cast else None)
+        if hasattr(model, "labels") != classifier:
+            kind = (
+                "no classifier: llmfast finetune classify makes one" if classifier else "a classifier: llmfast classify"
+            )
+            raise UserError(f"{path} is {kind}")
         if options.quantize:
             model = _quantized(model)
             ops.release_freed_memory()

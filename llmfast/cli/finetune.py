@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llmfast.cli.finetune_classify import ClassifyOptions, run_classify
 from llmfast.cli.finetune_conversations import InstructOptions, PreferenceOptions, run_instruct, run_preference
 from llmfast.cli.options import Action
 from llmfast.config import FinetuneConfig
@@ -17,6 +18,7 @@ def default_config(given: dict[str, Any]) -> Path | None:
 
 
 ACTIONS: dict[str, Action] = {
+    "classify": ("to name the label of a text", ClassifyOptions, run_classify),
     "instruct": ("to follow instructions", InstructOptions, run_instruct),
     "preference": ("to prefer chosen responses to rejected ones: DPO, ORPO, KTO", PreferenceOptions, run_preference),
 }

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("llmfast.cli.prepare", "turn text into token shards"),
     "pretrain": ("llmfast.cli.pretrain", "train a model on text"),
     "finetune": ("llmfast.cli.finetune", "fit a trained model to a task"),
+    "classify": ("llmfast.cli.classify", "name the label of texts with a classifier"),
     "plan": ("llmfast.cli.plan", "parameters, memory and time of a pretraining before it starts"),
     "generate": ("llmfast.cli.generate", "write on from a prompt"),
     "chat": ("llmfast.cli.chat", "write with a model, in turns"),

@@ -37,6 +37,7 @@ class Records:
     columns: list[str] = field(default_factory=list)
     has_header: bool = True
     problems: list[str] = field(default_factory=list)
+    total: int = 0  # records that the file holds
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,8 +56,8 @@ class Records:
         """What was left out, in one line; None where nothing was."""
         if not self.problems:
             return None
-        count, total = len(self.problems), len(self.problems) + len(self.rows)
-        return f"left out {count:,} of {total:,} records of {self.path}; the first: {self.problems[0]}"
+        count = len(self.problems)
+        return f"left out {count:,} of {self.total:,} records of {self.path}; the first: {self.problems[0]}"
 
     def text(self, record: Record, column: str, *, empty: bool = False) -> str | None:
         """The text in ``column`` of ``record``; where it is missing, no text, or blank (unless ``empty``), rejects."""
@@ -99,6 +100,7 @@ def read_records(path: str | Path, *, names: Iterable[str] = (), skip_bad: bool 
         _read_table(records, _csv_rows(records, text) if kind == "csv" else _tsv_rows(records, text), names)
     if kind in ("json", "jsonl"):
         records.columns = list(dict.fromkeys(key for record in records for key in record.values))
+    records.total = len(records.rows) + len(records.problems)
     if not records.rows:
         raise UserError(f"{path} holds no record that can be used" + (f": {p[0]}" if (p := records.problems) else ""))
     return records

@@ -341,6 +341,14 @@ class Trainer:
         self.model.train()
         return config.sample_prompt + text
 
+    def evaluate(self, data: Any) -> dict[str, Any]:
+        """Mean loss and metrics of the model over all of ``data``, which is what ``train_data`` may be."""
+        self.model.to(self.device)
+        with ops.use_backend(self.config.backend):
+            found = self._evaluate(self.model, self._eval_batches(data, 0), StopRequest())
+        self.model.eval()
+        return found
+
     def _check_prompt(self) -> None:
         try:
             self.tokenizer.encode(self.config.sample_prompt)
