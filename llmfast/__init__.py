@@ -23,7 +23,7 @@ _EXPORTS = {
     "generate": "llmfast.generation",
     "Trainer": "llmfast.training",
     "ClassifyConfig": "llmfast.config",
-    "finetune_classify": "llmfast.finetuning",
+    "finetune_classify": "llmfast.finetuning.classify",
     "accelerate": "llmfast.interop.accelerate",
     "restore": "llmfast.interop.accelerate",
     "load_tokenizer": "llmfast.tokenizer",

@@ -30,7 +30,7 @@ class Options(ModelOptions):
 
 
 def run(options: Options) -> int:
-    from llmfast.finetuning import classify
+    from llmfast.finetuning.classify import class_probabilities
 
     if options.batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {options.batch_size}")
@@ -46,7 +46,7 @@ def run(options: Options) -> int:
         if cut := sum(len(ids) > limit for ids in encoded):
             note(f"{cut:,} of {len(texts):,} texts are longer than {limit} tokens: their beginnings were read")
         labels: list[str] = model.labels  # type: ignore[assignment]
-        found = classify(model, [ids[:limit] for ids in encoded], batch_size=options.batch_size).tolist()  # type: ignore[arg-type]
+        found = class_probabilities(model, [ids[:limit] for ids in encoded], batch_size=options.batch_size).tolist()  # type: ignore[arg-type]
     results: list[dict[str, Any]] = []
     for text, row in zip(texts, found, strict=True):
         probabilities = dict(sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1]))

@@ -29,7 +29,7 @@ from llmfast.finetuning.base import (
     read_splits,
     write_splits,
 )
-from llmfast.finetuning.classify_data import Example, Splits, class_weights, read_splits_of, restored, stored
+from llmfast.finetuning.classify_data import Example, class_weights, read_splits_of, restored, stored
 from llmfast.nn import GPTForClassification, LoRALinear
 from llmfast.training import Trainer, TrainResult
 from llmfast.training.metrics import Sums
@@ -78,12 +78,8 @@ def finetune_classify(config: ClassifyConfig, *, progress: bool = True) -> Class
 
     collate = Collate(splits.labels, base.tokenizer.eot_id or 0, config)
     rows = config.micro_batch_size
-    train = Examples(splits.train, collate, rows, batch_size=config.batch_size, seed=config.seed)
-    # Texts of one length side by side: less padding, the same result.
-    held_out = {
-        name: Examples(sorted(part, key=lambda example: len(example.ids)), collate, rows) if part else None
-        for name, part in splits.items()[1:]
-    }
+    train = Examples(splits.train, collate, rows, batch_size=config.batch_size, seed=config.seed, length=len)
+    held_out = {name: Examples(part, collate, rows, length=len) if part else None for name, part in splits.items()[1:]}
     trainer = Trainer(
         model,
         config,
@@ -184,7 +180,7 @@ class Scores:
 
 
 @torch.no_grad()
-def classify(model: GPTForClassification, ids: list[list[int]], *, batch_size: int = 32) -> Tensor:
+def class_probabilities(model: GPTForClassification, ids: list[list[int]], *, batch_size: int = 32) -> Tensor:
     """Probabilities (N, K) float32 of N texts' token ids, in the order given.
 
     Raises ``ValueError`` for a text without tokens.
@@ -207,6 +203,3 @@ def write_results(path: Path, result: ClassifyResult) -> None:
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
-
-
-__all__ = ["ClassifyResult", "Splits", "classify", "finetune_classify"]

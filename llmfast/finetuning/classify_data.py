@@ -30,6 +30,9 @@ class Example:
     label: str
     line: int
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -69,16 +72,24 @@ def read_splits_of(config: ClassifyConfig, tokenizer: Tokenizer, context: int, s
         if path is not None:
             parts[name], _ = read_examples(path, columns, config, tokenizer, limit, say, known=labels)
     seen = {example.label for example in parts["train"]}
+    if len(seen) < 2:
+        raise UserError(
+            f"{config.data}: {len(examples)} examples leave {len(seen)} labels for training, and a classifier needs "
+            "two: give more"
+        )
     for name in ("validation", "test"):
-        for example in parts[name]:
-            if example.label not in seen:
-                raise UserError(
-                    f"{config.data}:{example.line}: the label {example.label!r} stands in the {name} split and never "
-                    f"in training ({counts[example.label]} in all): give more of it, or leave it out"
-                )
-    if not parts["train"]:
-        raise UserError(f"{config.data}: {len(examples)} examples leave none for training: give more")
-    result = Splits(parts["train"], parts["validation"], parts["test"], labels)
+        unseen = [example for example in parts[name] if example.label not in seen]
+        if not unseen:
+            continue
+        why = (
+            f"{config.data}:{unseen[0].line}: the label {unseen[0].label!r} stands in the {name} split and never in "
+            f"training ({counts[unseen[0].label]} in all)"
+        )
+        if not config.skip_bad:
+            raise UserError(f"{why}: give more of it, or leave it out")
+        say(f"left out {len(unseen):,} of {len(parts[name]):,} examples of the {name} split; the first: {why}")
+        parts[name] = [example for example in parts[name] if example.label in seen]
+    result = Splits(parts["train"], parts["validation"], parts["test"], sorted(seen))
     say("split: " + ", ".join(f"{len(part):,} {name}" for name, part in result.items()))
     return result
 
@@ -89,8 +100,10 @@ def check_length(config: ClassifyConfig, context: int) -> int:
         value = getattr(config, name)
         if value is not None and not 1 <= value <= context:
             raise UserError(f"{name} must lie between 1 and the model's context of {context}, got {value}")
-    limit = config.max_length or context
-    return min(limit, config.pad_to) if config.pad_to else limit
+    limit = config.pad_to or context
+    if config.max_length and config.max_length > limit:
+        raise UserError(f"max_length {config.max_length} is more than pad_to, {limit}")
+    return config.max_length or limit
 
 
 def read_examples(
@@ -178,7 +191,8 @@ def choose_columns(records: Records, text: str | None, label: str | None) -> tup
         text = max(rest, key=lambda name: sum(map(len, values[name])))
         rest.remove(text)
     if label is None and rest:
-        label = min(rest, key=lambda name: len(set(values[name])))
+        kinds = {name: len(set(values[name])) for name in rest}
+        label = min(rest, key=lambda name: (kinds[name] < 2, kinds[name]))
     if text is None or label is None or text == label:
         raise UserError(f"{records.path}: name --text-column and --label-column among {', '.join(columns)}")
     return text, label

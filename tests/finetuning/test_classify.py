@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from llmfast.checkpoint import load_model
 from llmfast.cli.main import main
 from llmfast.config import ClassifyConfig, GPTConfig
 from llmfast.errors import UserError
-from llmfast.finetuning import classify, finetune_classify
-from llmfast.finetuning.classify import ClassificationLoss, Collate, Scores
+from llmfast.finetuning.classify import ClassificationLoss, Collate, Scores, class_probabilities, finetune_classify
 from llmfast.finetuning.classify_data import Example, balanced, class_weights, read_splits_of
 from llmfast.nn import GPT, GPTForClassification
 from llmfast.tokenizer import load_tokenizer
@@ -115,12 +115,13 @@ def test_the_splits_on_disk_are_fixed_and_whole(base, messages, tmp_path):
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
-def test_a_resume_goes_on_bit_by_bit(base, messages, tmp_path, train):
+def test_a_resume_goes_on_bit_by_bit(base, messages, tmp_path, train, monkeypatch):
     options = dict(train=train, epochs=None, save_every=5, eval_every=5, lora_dropout=0.1)
     whole = finetune_classify(config(base, messages, tmp_path / "whole", max_steps=10, **options), progress=False)
     half = config(base, messages, tmp_path / "half", max_steps=10, schedule="cosine", **options)
-    stopping = StopAfter(5)
-    stopped = finetune_classify_stopping(half, stopping)
+    stop_after(5, monkeypatch)
+    stopped = finetune_classify(half, progress=False)
+    monkeypatch.undo()
     assert stopped.training.steps == 5
     messages.unlink()  # the run has its own copy of the examples
     resumed = finetune_classify(dataclasses.replace(half, resume=True), progress=False)
@@ -129,31 +130,18 @@ def test_a_resume_goes_on_bit_by_bit(base, messages, tmp_path, train):
     assert resumed.test == whole.test
 
 
-class StopAfter:
-    """SIGTERM in the middle of a run, after so many losses of training batches."""
+def stop_after(steps, monkeypatch):
+    """SIGTERM in the middle of a run, in the loss of so many batches."""
+    left, plain = [steps], ClassificationLoss.__call__
 
-    def __init__(self, steps):
-        self.left = steps
-
-    def __call__(self, loss, model, batch):
+    def loss(self, model, batch):
         if model.training:
-            self.left -= 1
-            if not self.left:
-                os.kill(os.getpid(), 15)
-        return loss(model, batch)
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, model, batch)
 
-
-def finetune_classify_stopping(config, stopping):
-    from llmfast.finetuning import classify as module
-
-    plain = module.ClassificationLoss.__call__
-    try:
-        module.ClassificationLoss.__call__ = lambda self, model, batch: stopping(
-            lambda m, b: plain(self, m, b), model, batch
-        )
-        return finetune_classify(config, progress=False)
-    finally:
-        module.ClassificationLoss.__call__ = plain
+    monkeypatch.setattr(ClassificationLoss, "__call__", loss)
 
 
 def test_padding_changes_nothing_and_the_head_reads_the_last_token():
@@ -168,9 +156,9 @@ def test_padding_changes_nothing_and_the_head_reads_the_last_token():
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     by_hand = torch.stack([gpt.hidden_states(torch.tensor([t]))[0, -1] for t in texts]) @ model.score.weight.T
     torch.testing.assert_close(alone, by_hand + model.score.bias, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(classify(model, texts, batch_size=2), alone.softmax(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(class_probabilities(model, texts, batch_size=2), alone.softmax(1), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="text 1 has no token"):
-        classify(model, [[1], []])
+        class_probabilities(model, [[1], []])
 
 
 def test_weighted_losses_accumulate_to_the_full_batch_and_equal_pytorchs():
@@ -270,7 +258,7 @@ def test_columns_are_named_guessed_and_said(base, tmp_path):
 GOOD = "".join(f"{label}\t{text}\n" for label, text in some_messages())
 BAD = {
     "missing column": (GOOD + "ham\n", ":61: 1 columns, expected 2"),
-    "one class": ("ham\ta\nham\tb\n", "a classifier needs two"),
+    "one class": ("ham\tsome words\nham\tother words\n", "a classifier needs two"),
     "empty text": (GOOD + "ham\t \n", ":61: '2' is empty"),
     "empty label": (GOOD + "\tabc\n", ":61: the label is empty"),
     "label never seen in training": (GOOD + "eggs\tabc\n", "never in training"),
@@ -286,7 +274,7 @@ def test_bad_data_is_one_line_and_leaves_nothing_behind(base, tmp_path, capsys, 
     path, out = tmp_path / "bad.tsv", tmp_path / "run"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     # A rare label's split depends on the seed; this one puts it into the test split.
-    words = f"finetune classify --checkpoint {base} --data {path} --out {out} --split-seed 5 --device cpu".split()
+    words = f"finetune classify --checkpoint {base} --data {path} --out {out} --split-seed 2 --device cpu".split()
     assert main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert says in error
@@ -304,6 +292,18 @@ def test_bad_examples_are_left_out_and_counted_when_asked(base, tmp_path, capsys
     captured = capsys.readouterr()
     assert f"left out 1 of 61 records of {path}" in captured.err
     assert json.loads(captured.out)["labels"] == ["ham", "spam"]
+
+
+def test_a_label_that_is_never_trained_is_left_out_and_counted_when_asked(base, tmp_path, capsys):
+    path, out = tmp_path / "bad.tsv", tmp_path / "run"
+    path.write_text(BAD["label never seen in training"][0])
+    words = f"finetune classify --checkpoint {base} --data {path} --out {out} --split-seed 2 --skip-bad --epochs 1"
+    assert main([*words.split(), "--device", "cpu", "--threads", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert f"left out 1 of 13 examples of the test split; the first: {path}:61: the label 'eggs'" in captured.err
+    result = json.loads(captured.out)
+    assert result["labels"] == load_model(out).labels == ["ham", "spam"]
+    assert np.sum(result["test"]["confusion"]) == 12
 
 
 def test_labels_of_other_files_must_be_known(base, messages, tmp_path):
