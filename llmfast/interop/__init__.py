@@ -2,5 +2,6 @@
 
 from llmfast.interop.reading import find, load, located
 from llmfast.interop.tokenizers import load_tokenizer
+from llmfast.interop.writing import convert
 
-__all__ = ["find", "load", "load_tokenizer", "located"]
+__all__ = ["convert", "find", "load", "load_tokenizer", "located"]

@@ -117,16 +117,28 @@ def _begins(file: Path) -> int:
         return int.from_bytes(opened.read(4), "little")
 
 
+def vocabulary_of(file: Path) -> int | None:
+    """The number of token ids of a checkpoint, without reading its weights; None where that cannot be told."""
+    try:
+        if file.suffix == ".index":
+            return read_json(file.parent / "hparams.json").get("n_vocab")
+        return _read(file)[1].values["vocab_size"]
+    except UserError:
+        return None
+
+
+def _read(file: Path) -> tuple[Source, Model]:
+    if file.suffix == ".index":
+        return openai_tf.read(file)
+    if file.suffix != ".json" and _begins(file) == llmc.MAGIC:
+        return llmc.read(file)
+    source = _open(file)
+    return source, _reader(source)(source)
+
+
 def _foreign(path: Path, overrides: dict[str, Any]) -> tuple[GPTConfig, Weights]:
     pretrained.check_overrides(overrides, OVERRIDES)
-    file = find(path)
-    if file.suffix == ".index":
-        source, model = openai_tf.read(file)
-    elif _begins(file) == llmc.MAGIC and file.suffix != ".json":
-        source, model = llmc.read(file)
-    else:
-        source = _open(file)
-        model = _reader(source)(source)
+    source, model = _read(find(path))
     config = _configuration(source, model, overrides)
     names = [name for stored in model.stored.values() for name in stored.names]
     check_tensors(source.tensors, names, source.path)

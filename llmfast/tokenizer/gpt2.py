@@ -26,16 +26,16 @@ _VOCAB_URL = _SITE + "gpt-2/encodings/main/vocab.bpe"
 _NETWORK_SECONDS = 20.0
 
 
-def load_gpt2(path: str | os.PathLike[str] | None = None) -> BPETokenizer:
+def load_gpt2(path: str | os.PathLike[str] | None = None, *, network: bool = True) -> BPETokenizer:
     """GPT-2's tokenizer from ``path`` (a vocab.bpe, encoder.json or .tiktoken file, or a folder with some of them).
 
-    Without a path: from what LLMFAST_GPT2_VOCAB names, else tiktoken's cache, else the network.
+    Without a path: from what LLMFAST_GPT2_VOCAB names, else tiktoken's cache, else the network where that is allowed.
     Raises ``UserError`` if a file is not whole or not GPT-2's, or if none of these ways leads to one.
     """
     named = path or os.environ.get(ENVIRONMENT)
     if named:
         return _from_path(Path(named), "" if path else f" (named by {ENVIRONMENT})")
-    return BPETokenizer(_from_cache_or_network(), kind="gpt2")
+    return BPETokenizer(_from_cache_or_network(network), kind="gpt2")
 
 
 def is_gpt2_path(path: Path) -> bool:
@@ -151,12 +151,14 @@ def _tiktoken_format(tokens: list[bytes]) -> bytes:
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
-def _from_cache_or_network() -> list[bytes]:
+def _from_cache_or_network(network: bool) -> list[bytes]:
     for url, parse in ((_RANKS_URL, _parse_tiktoken), (_VOCAB_URL, _parse_merges)):
         try:
             return check_gpt2_tokens(parse(_cache_file(url).read_text(encoding="utf-8")), "tiktoken's cache")
         except (OSError, ValueError, KeyError):
             continue  # not there or not whole: the network is next
+    if not network:
+        raise UserError(f"name a folder with vocab.bpe or r50k_base.tiktoken in {ENVIRONMENT}")
     return check_gpt2_tokens(_parse_tiktoken(_download(_RANKS_URL)), _RANKS_URL)
 
 

@@ -1,0 +1,98 @@
+"""A model on its way out: into llmfast's own files or another program's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from llmfast.config import GPTConfig
+from llmfast.errors import UserError
+from llmfast.interop import book, huggingface, llmc, nanogpt, tlfs
+from llmfast.interop.reading import load
+from llmfast.interop.tokenizers import load_tokenizer
+from llmfast.nn import pretrained
+from llmfast.tokenizer import Tokenizer
+
+Format = Literal["llmfast", "hf", "nanogpt", "llmc", "book", "tlfs", "gguf"]
+_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
+Writer = Callable[[GPTConfig, Mapping[str, Tensor], Path, "Tokenizer | None"], None]
+
+
+def _llmfast(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None) -> None:
+    state = {name: tensor.contiguous() for name, tensor in weights.items()}
+    pretrained.write({"model_type": pretrained.MODEL_TYPE, **config.to_dict()}, state, folder)
+
+
+WRITERS: dict[str, Writer] = {
+    "llmfast": _llmfast,
+    "hf": huggingface.write,
+    "nanogpt": lambda config, weights, folder, _: nanogpt.write(config, weights, folder),
+    "llmc": llmc.write,
+    "book": lambda config, weights, folder, _: book.write(config, weights, folder),
+    "tlfs": lambda config, weights, folder, _: tlfs.write(config, weights, folder),
+}
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Format = "llmfast",
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: Tokenizer | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write the model at ``source`` into the new folder ``destination`` in another program's format.
+
+    The weights keep their type unless ``dtype`` is given; the tokenizer is the source's own unless one is given, and
+    goes along as ``llmfast_tokenizer.json`` and, where the program has files for it, in those. ``overrides`` as in
+    ``load``. The folder appears whole or not at all. Raises ``UserError``, also for what the program cannot express.
+    """
+    destination = Path(destination)
+    if destination.suffix in _FILE_SUFFIXES:
+        raise UserError(f"{destination}: name the folder to write, the file in it has the name that {to} gives it")
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise UserError(f"{destination} is there already: choose another place")
+    config, weights = load(source, **overrides)
+    tokenizer = tokenizer or load_tokenizer(source)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and {source} {config.vocab_size:,}: it is another model's"
+        )
+    building = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        building.mkdir()
+        WRITERS[to](config, weights if dtype is None else _Cast(weights, dtype), building, tokenizer)
+        if tokenizer is not None:
+            tokenizer.save(building)
+        building.replace(destination)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's own for a full disk is the last
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write the model to {destination}: {reason}") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return destination
+
+
+class _Cast(Mapping[str, Tensor]):
+    """Weights in another type, each cast when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._weights, self._dtype = weights, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
