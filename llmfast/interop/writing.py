@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmfast.config import GPTConfig
 from llmfast.errors import UserError
-from llmfast.interop import book, huggingface, llmc, nanogpt, tlfs
+from llmfast.interop import book, gguf, huggingface, llmc, nanogpt, tlfs
 from llmfast.interop.reading import load
 from llmfast.interop.tokenizers import load_tokenizer
 from llmfast.nn import pretrained
@@ -37,6 +37,7 @@ WRITERS: dict[str, Writer] = {
     "llmc": llmc.write,
     "book": lambda config, weights, folder, _: book.write(config, weights, folder),
     "tlfs": lambda config, weights, folder, _: tlfs.write(config, weights, folder),
+    "gguf": gguf.write,
 }
 
 
