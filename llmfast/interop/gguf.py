@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from llmfast.config import GPTConfig
 from llmfast.errors import UserError
+from llmfast.interop.target import need
 from llmfast.nn import GPT
 from llmfast.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from llmfast.tokenizer.gpt2 import written
@@ -106,13 +107,7 @@ def _package() -> ModuleType:
 
 
 def _refuse(config: GPTConfig, tokenizer: Tokenizer | None) -> None:
-    reasons = []
-    if config.activation != "gelu_tanh":
-        reasons.append(f"its MLP computes the tanh GELU, the model's {config.activation}")
-    if config.lm_head_bias:
-        reasons.append("its output head has no bias")
-    if reasons:
-        raise UserError(f"llama.cpp's gpt2 architecture cannot hold this model: {'; '.join(reasons)}")
+    need(config, "llama.cpp's gpt2 architecture", activation="gelu_tanh", lm_head_bias=False)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: not its own")
 

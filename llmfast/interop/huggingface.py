@@ -89,7 +89,7 @@ def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokeni
     default = config.softmax_scale == config.head_size**-0.5
     if config.softmax_scale != 1.0:
         need_default_scale(config, "Hugging Face's GPT-2")
-    need(config, "Hugging Face's GPT-2", lm_head_bias=False, attn_out_proj=True)
+    need(config, "Hugging Face's GPT-2", activation=config.activation, lm_head_bias=False, attn_out_proj=True)
     state = with_biases(config, weights)
     dtype = str(state["transformer.wte.weight"].dtype).removeprefix("torch.")
     end = tokenizer.eot_id if tokenizer is not None else 50256 if config.vocab_size in GPT2_SIZES else None

@@ -6,6 +6,7 @@ bytes are, with a CRC-32C of them. Sources: tensorflow/core/lib/io/format.cc (ta
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from llmfast.errors import UserError
 from llmfast.interop.crc32c import crc32c, unmask
 from llmfast.interop.source import Model, Source, read_json
 from llmfast.nn.weights import Stored, Weights, map_file, typed
+
+logger = logging.getLogger("llmfast")
 
 MOST_INDEX = 64 << 20  # bytes
 _FOOTER, _TRAILER = 48, 5
@@ -73,6 +76,9 @@ def read(index: Path) -> tuple[Source, Model]:
             stored[f"transformer.h.{layer}.{_NAMES[rest]}"] = source.take([name], transposed=rest.endswith("w"))
         else:
             stored[_REST.get(name.removeprefix("model/"), name)] = source.take([name])
+    has_qkv_bias = any(name.endswith("/attn/c_attn/b") for name in tensors)
+    if not has_qkv_bias:
+        logger.warning("%s has no c_attn/b, as OpenAI's models do: loaded without a query/key/value bias", index)
     vocab_size, n_embd = source.shape("model/wte")
     values = dict(
         vocab_size=vocab_size,
@@ -80,7 +86,7 @@ def read(index: Path) -> tuple[Source, Model]:
         block_size=source.shape("model/wpe")[0],
         n_layer=len({name.split(".")[2] for name in stored if name.startswith("transformer.h.")}),
         activation="gelu_tanh",
-        qkv_bias=any(name.endswith("/attn/c_attn/b") for name in tensors),
+        qkv_bias=has_qkv_bias,
     )
     asks = {"n_head": "the number of heads stands in hparams.json, which is not beside it"}
     return source, Model(values, stored, source.config, _ALIASES, asks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,27 @@ from llmfast.errors import UserError
 from llmfast.nn import GPT
 
 GPT2_SIZES = (50257, 50304)  # GPT-2's vocabulary, and that padded to a multiple of 64
-_GELUS = ("gelu", "gelu_tanh")
+_GELUS = {"gelu": "GELU's erf form", "gelu_tanh": "GELU's tanh form"}
+
+logger = logging.getLogger("llmfast")
 
 
-def need(config: GPTConfig, program: str, **options: Any) -> None:
-    """``UserError`` for the first option of ``config`` that is not as ``program`` always has it."""
+def need(config: GPTConfig, program: str, *, activation: str, **options: Any) -> None:
+    """``UserError`` for the first option of ``config`` that is not as ``program`` always has it.
+
+    Only between the two forms of GELU it is a warning: programs pass weights on across them, GPT-2's to nanoGPT.
+    """
+    if {config.activation, activation} == set(_GELUS):
+        logger.warning(
+            "%s computes %s, this model %s: its answers there differ in the third digit",
+            program, _GELUS[activation], _GELUS[config.activation],
+        )  # fmt: skip
+    else:
+        options["activation"] = activation
     for name, value in options.items():
         have = getattr(config, name)
-        if have == value:
-            continue
-        hint = ""
-        if name == "activation" and have in _GELUS and value in _GELUS:
-            hint = f"; --set activation={value} converts it, and its answers differ in the third digit"
-        raise UserError(f"{program} cannot hold this model: {name} is {have}, and it has {value} only{hint}")
+        if have != value:
+            raise UserError(f"{program} cannot hold this model: {name} is {have}, and it has {value} only")
 
 
 def need_default_scale(config: GPTConfig, program: str) -> None:

@@ -92,13 +92,15 @@ class Weights(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def copy_into(self, name: str, parameter: Tensor) -> None:
-        """Copy one parameter, and give the file's pages back to the system."""
+        """Copy one parameter, and give back the file's pages, or what was read of it: it can be taken once."""
         start = 0
         for view in self.stored[name].views:
             for piece in pieces(view):
                 parameter.narrow(0, start, len(view)).narrow(*piece).copy_(view.narrow(*piece))
                 self.release(view.narrow(*piece))
             start += len(view)
+        if not self.mapped:
+            del self.stored[name]
 
     def release(self, view: Tensor) -> None:
         """Give back the pages behind a view, where it is one; its values are read again when they are needed."""

@@ -167,9 +167,8 @@ def test_a_modelfile_is_written_beside_it_and_no_other_one_touched(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(activation="relu"), "computes the tanh GELU, the model's relu"),
-        (dict(activation="gelu"), "computes the tanh GELU, the model's gelu"),
-        (dict(lm_head_bias=True), "its output head has no bias"),
+        (dict(activation="relu"), "activation is relu, and it has gelu_tanh only"),
+        (dict(lm_head_bias=True), "lm_head_bias is True, and it has False only"),
         (dict(vocab_size=200), "the tokenizer has 257 ids, the model 200"),
     ],
 )
