@@ -1,7 +1,8 @@
 // Causal attention of one head, blockwise with an online softmax (Rabe, Staats, 2021; Dao et al., "FlashAttention", 2022).
 //   forward:  S = scale Q K^T over a block of queries and one of keys, P = exp(S - max), out = sum P V / sum P,
 //             lse = max + log(sum P); a later block of keys rescales what the earlier ones gave
-//   backward: P = exp(S - lse), dP = dO V^T, dS = scale P (dP - rowsum(dO out)), dV = P^T dO, dQ = dS K, dK = dS^T Q
+//   backward: P = exp(S - lse), dP = dO V^T, dS = scale P (dP - rowsum(P dP)), dV = P^T dO, dQ = dS K, dK = dS^T Q
+//             where rowsum(P dP) = rowsum(dO out) for rows of more than one block of keys
 // Products take operands in the units of tile.h. A tile of kTileRows queries computes no more keys than its last query sees.
 #include "cpu/attention.h"
 
@@ -113,12 +114,12 @@ float softmax_row(float* s, int64_t n, float scale, float* top, float* sum, cons
     const float now = largest(most);
     Vec total = {};
     for (int64_t j = 0; j < full; j += kLanes) {
-      const Vec e = exp_any(Wide::load(s + j) * scale - now);
+      const Vec e = exp_any(rounded(Wide::load(s + j) * scale) - now);
       total += e;
       Wide::store(p + j, e);
     }
     if (full < n) {
-      const Vec e = first_lanes(exp_any(Wide::load(s + full) * scale - now), n - full);
+      const Vec e = first_lanes(exp_any(rounded(Wide::load(s + full) * scale) - now), n - full);
       total += e;
       Wide::store(p + full, e);
     }
@@ -198,41 +199,63 @@ struct Block {
   int64_t seen(int64_t r) const { return clamp(key_end(a, part.b, i0 + r) - j0, 0, columns); }
 };
 
+// One row of scores s[0, n) becomes P, followed by zeros up to whole vectors. Returns rowsum(dP P) / rowsum(P), of what
+// dropout leaves of dP.
+inline float probabilities(float* s, const float* dp, const float* factors, int64_t n, float scale, float lse) {
+  Vec total = {}, sum = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+    // The product is rounded as lse was: P is 1, not nearly so, where a query sees one key.
+    const Vec e = first_lanes(exp_any(rounded(Wide::load(s + j) * scale) - lse), n - j);
+    Vec g = first_lanes(Wide::load(dp + j), n - j);
+    if (factors) g *= Wide::load(factors + j);
+    total += e;
+    sum += e * g;
+    Wide::store(s + j, e);
+  }
+  const float all = across(total);
+  return all > 0.f ? across(sum) / all : 0.f;
+}
+
 // Rows r and r + 1 of S and dP become P and dS: as pairs of the two rows, or each in its own (see Unit::depth); and dS once more,
-// row by row, in `by_row`. Zeros follow.
+// row by row, in `by_row`. Zeros follow. delta: rowsum(dO out), for rows that see more than the first block of keys.
 template <typename Unit>
 void gradient_rows(const Block& block, int64_t r, float* s, float* dp, ElementOf<Unit>* by_row, const float* lse,
                    const float* delta) {
   const Attention& a = block.a;
   int64_t n[Unit::depth];
-  float scale = a.scale;
-  float factors[Unit::depth][kScores];
+  float factors[Unit::depth][kScores], mean[Unit::depth];
   const int64_t* ids = a.doc_ids ? a.doc_ids + block.part.b * a.Tk : nullptr;
   for (int u = 0; u < Unit::depth; ++u) {
+    float* scores = s + u * kScores;
     n[u] = r + u < block.rows ? block.seen(r + u) : 0;
-    if (ids && n[u]) hide_documents(s + u * kScores, n[u], ids + block.j0, ids[block.i0 + r + u + a.Tk - a.Tq], a.scale);
+    if (ids && n[u]) hide_documents(scores, n[u], ids + block.j0, ids[block.i0 + r + u + a.Tk - a.Tq], a.scale);
     const int64_t mask_row = attention_row(block.part.b * a.H + block.part.h, block.i0 + r + u);
-    if (a.dropout.drop)
+    if (a.dropout.drop) {
       for_dropout(a.dropout, mask_row, block.j0, block.j0 + n[u], [&](auto lanes, int64_t i, auto factor) {
         lanes.store(factors[u] + i - block.j0, factor);
       });
+      for (int64_t j = n[u]; j % kLanes; ++j) factors[u][j] = 0.f;
+    }
+    mean[u] = probabilities(scores, dp + u * kScores, a.dropout.drop ? factors[u] : nullptr, n[u], ids ? 1.f : a.scale,
+                            n[u] ? lse[r + u] : 0.f);
+    // With all its keys at hand, dP and its mean carry the same rounding errors, which cancel where one key has all the weight.
+    if (n[u] && key_end(a, block.part.b, block.i0 + r + u) > kKeyBlock) mean[u] = delta[r + u];
   }
-  if (ids) scale = 1.f;
   const int64_t last = n[Unit::depth - 1] > n[0] ? n[Unit::depth - 1] : n[0];
   for (int64_t j = 0; j < last + kTileRows; j += kLanes) {
     Vec p[Unit::depth], ds[Unit::depth];
     for (int u = 0; u < Unit::depth; ++u) {
       p[u] = ds[u] = Vec{};
       if (j >= n[u]) continue;
-      Vec e = exp_any(Wide::load(s + u * kScores + j) * scale - lse[r + u]), g = Wide::load(dp + u * kScores + j);
-      Vec dropped = e;
+      p[u] = Wide::load(s + u * kScores + j);
+      Vec g = first_lanes(Wide::load(dp + u * kScores + j), n[u] - j), dropped = p[u];
       if (a.dropout.drop) {
         const Vec factor = Wide::load(factors[u] + j);
         g *= factor;
         dropped *= factor;
       }
-      p[u] = first_lanes(dropped, n[u] - j);
-      ds[u] = first_lanes(e * (g - delta[r + u]) * a.scale, n[u] - j);
+      ds[u] = p[u] * (g - mean[u]) * a.scale;
+      p[u] = dropped;
     }
     store_unit<Unit>(s + j, p);
     store_unit<Unit>(dp + j, ds);
@@ -258,8 +281,7 @@ void backward(const Attention& a, const AttentionPart& part, Heads q, Heads k, H
   float* delta = memory.floats(all);
   float* dq_sum = memory.floats(dq.data ? all * size.width : 0);
   const float* lse_rows = lse + (part.b * a.H + part.h) * a.Tq;
-  // Element after element, as a tile sums dP: where one key has all the weight, dP - delta is then 0 and not a rounding error.
-  for (int64_t r = 0; r < all; r += kLanes) {
+  for (int64_t r = clamp(kKeyBlock - (a.Tk - a.Tq) - part.q0, 0, all) / kLanes * kLanes; r < all; r += kLanes) {
     const int64_t n = smaller(kLanes, all - r);
     pack_transposed<FloatUnit>(row<T>(out, part, part.q0 + r), out.row, n, a.D, kLanes, keys_t);
     pack_transposed<FloatUnit>(row<T>(dout, part, part.q0 + r), dout.row, n, a.D, kLanes, values_t);

@@ -37,6 +37,16 @@ inline Vec first_lanes(Vec v, int64_t n, float rest = 0.f) {
   return lane < uint32_t(n) ? v : Vec{} + rest;
 }
 
+// v, a product that is not to be fused with the sum it goes into.
+inline Vec rounded(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 // The largest lane.
