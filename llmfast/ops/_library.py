@@ -80,6 +80,12 @@ def gradient_like(weight: Tensor, wanted: bool = True) -> Tensor:
     return weight.new_empty(weight.shape[::-1]).t() if lies_transposed(weight) else weight.new_empty(weight.shape)
 
 
+@functools.cache
+def without_vectors() -> bool:
+    """Whether the CPU kernels run in their portable form, on a CPU that has no instruction set they are written for."""
+    return build_config().get("cpu_isa") == "portable"
+
+
 def transforms() -> list[str]:
     """Reason of every kernel of ours against functorch (vmap, jvp, ...) and forward-mode differentiation."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

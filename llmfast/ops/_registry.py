@@ -28,6 +28,7 @@ from torch import Tensor
 
 from llmfast.config import suggest
 from llmfast.errors import UserError
+from llmfast.ops import _checks, _library
 
 logger = logging.getLogger("llmfast.ops")
 
@@ -145,7 +146,10 @@ class Implementation:
     devices, dtypes: device types (empty: all) and dtypes of the first argument that it takes.
     unavailable: reasons why it cannot run on a device of this machine (library not built, ...).
     declines: reasons against these arguments; checked at every call, so keep it cheap, or None.
-    not_worth: whether "auto" should pass it over for these arguments (too small to pay, ...), likewise.
+    elsewhere: whether "auto" passes it over for products in this dtype, whatever their sizes, since another library is
+        faster.
+    not_worth: whether it does for these arguments (too small to pay, ...); checked at every call. torch.compile does
+        not ask: sizes may be unknown when it traces, and what a call costs in Python does not count there.
     """
 
     backend: str
@@ -155,6 +159,7 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...] = FLOATING
     unavailable: Callable[[torch.device], list[str]] | None = None
     declines: Callable[..., list[str]] | None = None
+    elsewhere: Callable[[torch.dtype], bool] | None = None
     not_worth: Callable[..., bool] | None = None
 
     def why_not_on(self, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -167,6 +172,12 @@ class Implementation:
         if not reasons and self.unavailable is not None:
             reasons += self.unavailable(device)
         return reasons
+
+    def passed_over(self, args: tuple[Any, ...]) -> bool:
+        """Whether "auto" leaves ``args`` to the next one, though this one could run them."""
+        if self.elsewhere is not None and self.elsewhere(_checks.autocast_dtype(args[0]) or args[0].dtype):
+            return True
+        return self.not_worth is not None and self.not_worth(*args)
 
     def why_not(self, args: tuple[Any, ...]) -> list[str]:
         """Every reason why this implementation cannot run ``args``; empty if it can."""
@@ -224,7 +235,8 @@ class Op:
         """Run the implementation that the setting, the device and the arguments lead to."""
         probe: Tensor = args[0]
         if torch.compiler.is_compiling():
-            for name in _traced_candidates(self.name, _traced, str(probe.device), probe.dtype):
+            compute = _checks.autocast_dtype(probe) or probe.dtype
+            for name in _traced_candidates(self.name, _traced, str(probe.device), probe.dtype, compute):
                 implementation = self.implementations[name]
                 if implementation.declines is None or not implementation.declines(*args):
                     return implementation.run(*args)
@@ -236,7 +248,7 @@ class Op:
             candidates = self._candidates[key] = self.resolve(setting, probe.device, probe.dtype)
         auto = len(candidates) > 1  # a forced backend is the only candidate
         for implementation in candidates:
-            if auto and implementation.not_worth is not None and implementation.not_worth(*args):
+            if auto and implementation.passed_over(args):
                 continue
             if implementation.declines is None:
                 return implementation.run(*args)
@@ -272,7 +284,10 @@ class Op:
         return tuple(found)
 
     def why_not_default(self, implementation: Implementation, device: torch.device) -> list[str]:
-        """Evidence before default: on a GPU, ours is a default only where a recorded run shows it right and as fast."""
+        """Evidence before default: on a GPU, ours is a default only where a recorded run shows it right and as fast;
+        on a CPU, where it runs on vectors (measured: without, PyTorch's own is ahead in every op)."""
+        if implementation.by == "ours" and device.type == "cpu" and _library.without_vectors():
+            return ["the kernels run without AVX2 or AVX-512 here, where PyTorch's own are faster"]
         if implementation.by != "ours" or device.type != "cuda" or evidence(self.name, implementation.backend, device):
             return []
         return ["no recorded run under benchmarks/results shows it correct and at least as fast as PyTorch on this GPU"]
@@ -299,12 +314,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _traced_candidates(op: str, traced: str | None, device: str, dtype: torch.dtype) -> list[int]:
+def _traced_candidates(op: str, traced: str | None, device: str, dtype: torch.dtype, compute: torch.dtype) -> list[int]:
     one, setting = OPS[op], parse_setting(traced, AUTO) if traced else _environment_setting()
     found = one.resolve(setting, torch.device(device), dtype)
     if not found:
         place = torch.device(device)
         raise one.refusal(setting, one.reasons(place, dtype), f"{_name(dtype)} on {device}")
+    if len(found) > 1:
+        found = tuple(i for i in found if i.elsewhere is None or not i.elsewhere(compute))
     return [one.implementations.index(i) for i in found]
 
 

@@ -8,7 +8,6 @@ where given). A query that sees no key gives zeros. B batch, H heads, Tq queries
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from llmfast.ops import _checks, _library
 from llmfast.ops._dropout import keep_mask, new_seed
-from llmfast.ops._registry import Cost, Implementation, Op, Tolerance
+from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
 from llmfast.ops.matmul import route_of, with_onednn
 
@@ -230,16 +229,9 @@ def _native_declines(q: Tensor, *_: Any) -> list[str]:
 
 
 def _faster_elsewhere(q: Tensor, k: Tensor, *rest: Any) -> bool:
-    """Measured: PyTorch's is ahead without vectors, below 64 queries in float32, and in tiny calls in bfloat16."""
-    if _without_vectors():
-        return True
+    """Measured: PyTorch's is ahead below 64 queries in float32, and in tiny calls in bfloat16."""
     bfloat16 = (_checks.autocast_dtype(q) or q.dtype) is torch.bfloat16
     return k.numel() < 2048 if bfloat16 else q.shape[2] < 64
-
-
-@functools.cache
-def _without_vectors() -> bool:
-    return _library.build_config().get("cpu_isa") == "portable"
 
 
 # ---- Op --------------------------------------------------------------------------------------------------------------
@@ -308,9 +300,6 @@ _op = Op(
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,
-    # dP - rowsum(dO out), two sums of size sqrt(D): where a query sees one key alone they cancel, which plain softmax
-    # does exactly and a blockwise kernel to a few eps.
-    tolerance=Tolerance(floor=12.0),
     implementations=[
         Implementation(
             "cpp",
@@ -320,7 +309,7 @@ _op = Op(
             (torch.float32, torch.bfloat16),
             _library.unavailable,
             _native_declines,
-            _faster_elsewhere,
+            not_worth=_faster_elsewhere,
         ),
         Implementation("torch", _torch, "PyTorch (SDPA)"),
     ],

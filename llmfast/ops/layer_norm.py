@@ -139,7 +139,7 @@ def native_implementations(
     low, loaded = (torch.float32, torch.bfloat16), _library.unavailable
     return [
         Implementation("cuda", cuda, "ours", ("cuda",), (*low, torch.float16), loaded, declines),
-        Implementation("cpp", cpp, "ours", ("cpu",), low, loaded, declines, small_on_cpu),
+        Implementation("cpp", cpp, "ours", ("cpu",), low, loaded, declines, not_worth=small_on_cpu),
     ]
 
 

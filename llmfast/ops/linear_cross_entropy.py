@@ -22,7 +22,7 @@ from llmfast.ops import _checks, _library
 from llmfast.ops._chunked_loss import ChunkedRows, ChunkedSum, chunked, chunked_rows, chunked_sum
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
-from llmfast.ops.matmul import route_of
+from llmfast.ops.matmul import products_go_elsewhere
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -125,11 +125,6 @@ def _native_declines(x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | N
     return reasons
 
 
-def _products_go_elsewhere(x: Tensor, *_: Any) -> bool:
-    """The loss is its three products: where another library's are faster, so is the loop over them."""
-    return route_of(_checks.autocast_dtype(x) or x.dtype) != "ours"
-
-
 def _rows_that_count(ids: Tensor, ignore_index: int, V: int, tracing: bool) -> tuple[Tensor, Tensor]:
     """(ids in [0, V), counts): bool, or 1.0 for a row that counts and 0.0 for an ignored one.
 
@@ -220,7 +215,7 @@ _op = Op(
             _NATIVE_DTYPES,
             _library.unavailable,
             _native_declines,
-            _products_go_elsewhere,
+            products_go_elsewhere,
         ),
         Implementation("torch", _in_chunks, "PyTorch"),
     ],

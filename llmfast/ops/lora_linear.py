@@ -16,7 +16,7 @@ from llmfast.ops import _checks, _library
 from llmfast.ops._dropout import dropout, new_seed
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
-from llmfast.ops.matmul import MIN_OWN_MACS, linear, route_of
+from llmfast.ops.matmul import MIN_OWN_MACS, linear, products_go_elsewhere
 
 
 def _reference(
@@ -121,9 +121,9 @@ def _declines(
 
 
 def _not_worth(x: Tensor, weight: Tensor, *_: Any) -> bool:
-    """Follows the matrix product; measured: float32 below MIN_OWN_MACS is PyTorch's, by 1.2x, bfloat16 nowhere."""
+    """Measured: float32 below MIN_OWN_MACS is PyTorch's, by 1.2x, bfloat16 nowhere."""
     dtype = _checks.autocast_dtype(x) or x.dtype
-    return route_of(dtype) != "ours" or (dtype is torch.float32 and x.numel() * weight.shape[0] < MIN_OWN_MACS)
+    return dtype is torch.float32 and x.numel() * weight.shape[0] < MIN_OWN_MACS
 
 
 # ---- Op --------------------------------------------------------------------------------------------------------------
@@ -177,6 +177,7 @@ _op = Op(
             (torch.float32, torch.bfloat16),
             _library.unavailable,
             _declines,
+            products_go_elsewhere,
             _not_worth,
         ),
         Implementation("torch", _torch, "PyTorch"),

@@ -268,6 +268,11 @@ def route_of(dtype: torch.dtype) -> str:
     return _route(dtype).route if dtype in ROUTED else "default"
 
 
+def products_go_elsewhere(dtype: torch.dtype) -> bool:
+    """Whether products in ``dtype`` are not our own: what is made of them then follows the faster library."""
+    return route_of(dtype) != "ours"
+
+
 def _decide(dtype: torch.dtype) -> Route:
     wanted = os.environ.get("LLMFAST_MATMUL", "auto").strip().lower() or "auto"
     if wanted not in ("auto", *ROUTES):

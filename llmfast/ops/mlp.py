@@ -18,7 +18,7 @@ from llmfast.config import suggest
 from llmfast.ops import _checks, _library
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
-from llmfast.ops.matmul import MIN_OWN_MACS, linear, mm_nn, mm_nt, mm_tn, route_of, uses_onednn
+from llmfast.ops.matmul import MIN_OWN_MACS, linear, mm_nn, mm_nt, mm_tn, products_go_elsewhere, uses_onednn
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
@@ -183,9 +183,9 @@ def _declines(x: Tensor, *parameters: Any) -> list[str]:
 
 
 def _not_worth(x: Tensor, fc_weight: Tensor, *_: Any) -> bool:
-    """Follows the matrix product; measured: float32 below MIN_OWN_MACS is PyTorch's, by 1.2x, bfloat16 nowhere."""
+    """Measured: float32 below MIN_OWN_MACS is PyTorch's, by 1.2x, bfloat16 nowhere."""
     dtype = _checks.autocast_dtype(x) or x.dtype
-    return route_of(dtype) != "ours" or (dtype is torch.float32 and x.numel() * fc_weight.shape[0] < MIN_OWN_MACS)
+    return dtype is torch.float32 and x.numel() * fc_weight.shape[0] < MIN_OWN_MACS
 
 
 # ---- Op --------------------------------------------------------------------------------------------------------------
@@ -240,6 +240,7 @@ _op = Op(
             (torch.float32, torch.bfloat16),
             _library.unavailable,
             _declines,
+            products_go_elsewhere,
             _not_worth,
         ),
         Implementation("torch", _torch, "PyTorch"),
