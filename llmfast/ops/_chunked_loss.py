@@ -25,6 +25,8 @@ from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with
 # Rows of a chunk on a CPU (measured: fewer stream the weight too often), and elements of a chunk elsewhere.
 CPU_ROWS = 512
 GPU_ELEMENTS = 1 << 26
+# A library may sum a result of so few elements in one long chain: it is made in pieces of so many terms instead.
+SMALL_RESULT, PIECE = 1 << 12, 128
 
 
 @dataclass
@@ -99,15 +101,21 @@ def chunked(
         p.scatter_add_(1, tc, p.new_full((1, 1), label_smoothing - 1).expand_as(tc))
         dz = p if exact else logits.copy_(p)
         if dx is not None:
-            dx[part] = mm_nn(dz, ws, onednn).to(dtype).mul_(c[:, None])
+            pieces = V if len(xc) * C > SMALL_RESULT else 16 * PIECE
+            product = sum(
+                mm_nn(dzp, wp, onednn).to(dtype) for dzp, wp in zip(dz.split(pieces, 1), ws.split(pieces), strict=True)
+            )
+            dx[part] = product * c[:, None]
         if wants[1]:
             scaled = xc * c[:, None].to(low)
-            if dweight is None:
-                dweight = mm_tn(dz, scaled, onednn).to(dtype)
-            elif exact:
-                add_mm_tn(dweight, dz, scaled, onednn)
-            else:
-                dweight += mm_tn(dz, scaled, onednn)
+            small = V * C <= SMALL_RESULT
+            for dzp, xp in zip(dz.split(PIECE if small else rows), scaled.split(PIECE if small else rows), strict=True):
+                if dweight is None:
+                    dweight = mm_tn(dzp, xp, onednn).to(dtype)
+                elif exact and not small:  # which may go on with the same chain
+                    add_mm_tn(dweight, dzp, xp, onednn)
+                else:
+                    dweight += mm_tn(dzp, xp, onednn)
         if dbias is not None:
             for few, weights in zip(p.split(64), c.split(64), strict=True):  # a long running sum would lose bits
                 dbias += few.t().mv(weights)
