@@ -6,6 +6,7 @@ Letters: B micro batch, T block size, C width, L layers, H heads, V vocabulary; 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from llmfast.training.settings import check
 # against its data sheet. Assumptions, told as such wherever the time is.
 CPU_SHARE, GPU_SHARE = 0.7, 0.4
 CPU_LOSS_ROWS, GPU_LOSS_ELEMENTS = 512, 1 << 27  # rows, and elements, of logits that exist at a time
+CPU_LOSS_BYTES = 38 << 20  # the same of the native kernel (csrc/cpu/linear_cross_entropy.cpp)
 GPU_OVERHEAD = 1.0e9  # the CUDA context and the libraries' workspaces, in bytes
 FRAGMENTATION = 1.05
 
@@ -135,15 +137,18 @@ def memory(model: GPTConfig, config: TrainConfig, dtype: torch.dtype, device_typ
     B, T = config.micro_batch_size, config.block_size or model.block_size
     C, V, L, N = model.n_embd, model.vocab_size, model.n_layer, B * T
     e = 4 if dtype == torch.float32 else 2
-    layer = N * layer_bytes(model, T, e, device_type)
-    casts = 0 if e == 4 else 2 * (count_parameters(model) - (V + model.block_size) * C)  # autocast's copies
+    native = device_type == "cpu" and runs_native_layers(dtype)
+    layer = N * (native_layer_bytes(model, e) if native else layer_bytes(model, T, e, device_type))
+    casts = 0 if e == 4 or native else 2 * (count_parameters(model) - (V + model.block_size) * C)  # autocast's copies
     if config.activation_checkpointing:
         kept = L * N * (4 + e) * C - N * e * C  # the residual stream and the open branch; the first layer has none
         transient = layer
     else:
         kept = L * layer + casts
         transient = 0
-    ends = N * (8 * C + 8) + 4 * V * C + (N * (4 + e) * C if model.dropout else 0)
+    ends = N * (8 * C + 8) + 4 * V * C
+    if model.dropout and not native:  # the masks of the embeddings and of the last branch
+        ends += N * (4 + e) * C
     rows = CPU_LOSS_ROWS if device_type == "cpu" else max(CPU_LOSS_ROWS, GPU_LOSS_ELEMENTS // V)
     parameters = count_parameters(model)
     return Memory(
@@ -151,8 +156,23 @@ def memory(model: GPTConfig, config: TrainConfig, dtype: torch.dtype, device_typ
         gradients=4 * parameters,
         optimizer=8 * parameters,
         activations=kept + ends,
-        transient=transient + min(rows, N) * V * e,
+        transient=transient + min(min(rows, N) * V * e, CPU_LOSS_BYTES if native else sys.maxsize),
     )
+
+
+def runs_native_layers(dtype: torch.dtype) -> bool:
+    """Whether layers in products of ``dtype`` run as one native call each way on this CPU."""
+    from llmfast.ops import decoder_layer
+
+    return decoder_layer.why_not_dtype(dtype) is None
+
+
+def native_layer_bytes(model: GPTConfig, e: int) -> int:
+    """Bytes a token that one native layer keeps (ops/decoder_layer.py): the residual stream twice (2 C) and statistics
+    in float32, queries, keys, values and attention's output (4 C) and the MLP's pre-activation (4 C) in the compute
+    type. Dropout's masks are drawn again."""
+    C, H = model.n_embd, model.n_head
+    return 4 * (2 * C + 4 + H) + e * 8 * C
 
 
 def layer_bytes(model: GPTConfig, T: int, e: int, device_type: str) -> int:

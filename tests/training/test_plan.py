@@ -9,10 +9,12 @@ from llmfast import ops
 from llmfast.config import PRESETS, GPTConfig, TrainConfig
 from llmfast.errors import UserError
 from llmfast.nn import GPT
+from llmfast.ops import _library
 from llmfast.training.device import flops_per_token
 from llmfast.training.optimizer import build_optimizer
 from llmfast.training.plan import count_parameters, measure_matmul, memory, plan
 
+needs_kernels = pytest.mark.skipif(_library.why_not_loaded() is not None, reason="the kernels are not built")
 KNOWN = {"gpt2": 124_439_808, "gpt2-xl": 1_557_611_200, "book-124m": 163_009_536, "tlfs-3b": 3_429_684_352}
 
 
@@ -44,7 +46,8 @@ def test_flops_are_those_of_the_loop():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 64, 128, 4, 2, 257), (2, 96, 96, 2, 3, 2003)])
-def test_activation_memory_is_what_backward_really_keeps(shape, dtype, dropout, checkpointing):
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_kernels)])
+def test_activation_memory_is_what_backward_really_keeps(backend, shape, dtype, dropout, checkpointing):
     B, T, C, H, L, V = shape
     config = GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, dropout=dropout)
     options = TrainConfig(micro_batch_size=B, activation_checkpointing=checkpointing)
@@ -60,11 +63,12 @@ def test_activation_memory_is_what_backward_really_keeps(shape, dtype, dropout, 
         return tensor
 
     ids = torch.randint(V, (B, T + 1))
-    with ops.use_backend("torch"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with ops.use_backend(backend), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             _, loss = model(ids[:, :-1], ids[:, 1:])
         measured = sum(storage.nbytes() for storage in kept.values())
-    assert memory(config, options, dtype, "cpu").activations == pytest.approx(measured, rel=0.2)
+    with ops.use_backend(backend):
+        assert memory(config, options, dtype, "cpu").activations == pytest.approx(measured, rel=0.2)
     assert loss.isfinite()
 
 
