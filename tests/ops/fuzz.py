@@ -4,6 +4,7 @@
     python -m tests.ops.fuzz --op mlp --isa avx2 portable --cases 500       # one op on two instruction sets
     python -m tests.ops.fuzz --cases 2000 --log benchmarks/results/DEVICE/fuzz.txt
 
+With several instruction sets, what runs none of our kernels runs on the first one alone.
 One line each: cases that ran, cases that the implementation declined, worst error over allowed error. A wrong case, or
 one that ends the process, is shown with the command that repeats it alone; then the exit status is 1.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfast.ops import _verify, matmul, set_matmul_routing
+from llmfast.ops import _library, _verify, matmul, set_matmul_routing
 from llmfast.ops._registry import FLOATING, OPS, Implementation, Op
 
 ISAS = ("best", "portable", "avx2", "avx512", "avx512_bf16")
@@ -82,21 +83,25 @@ def routes(op: Op, implementation: Implementation, dtype: torch.dtype) -> Iterat
         yield route
 
 
-def cells(op: Op, device: str) -> Iterator[tuple[Implementation, torch.dtype, str]]:
+def cells(op: Op, device: str, only_ours: bool) -> Iterator[tuple[Implementation, torch.dtype, str]]:
     for implementation in op.implementations:
         for dtype in FLOATING:
             if not implementation.why_not_on(torch.device(device), dtype):
                 for route in routes(op, implementation, dtype):
-                    yield implementation, dtype, route
+                    if not only_ours or implementation.by == "ours" or route == "ours":
+                        yield implementation, dtype, route
 
 
 def work(options: argparse.Namespace) -> None:
     """One op on this process's instruction set; tells the parent each case that begins, and each result."""
+    asked, found = os.environ.get("LLMFAST_CPU_ISA"), _library.build_config().get("cpu_isa")
+    if found is None or (asked and asked != found):
+        sys.exit(_library.why_not_loaded() or f"this CPU has no {asked}: the kernels run on {found}")
     torch.set_num_threads(1)
     matmul.MIN_MACS = matmul.MIN_OWN_MACS = 0  # the route counts, not the speed
     (name,) = options.op
     op = OPS[name]
-    for implementation, dtype, route in cells(op, options.device):
+    for implementation, dtype, route in cells(op, options.device, options.only_ours):
         backend, kind = implementation.backend, str(dtype).removeprefix("torch.")
         cell = f"{backend} {kind} {route}"
         if options.cell and cell != options.cell:
@@ -131,6 +136,7 @@ def watch(name: str, isa: str, options: argparse.Namespace) -> tuple[list[str], 
     command += ["--device", options.device]
     one = ["--case", str(options.case)] if options.case is not None else ["--cases", str(options.cases)]
     one += ["--cell", options.cell] if options.cell else []
+    one += ["--only-ours"] if options.only_ours or isa != options.isa[0] else []
     environment = {**os.environ, "LLMFAST_CPU_ISA": "" if isa == "best" else isa, "OMP_NUM_THREADS": "1"}
     rows, wrong = [], []
     at, cell, said = "", "", time.monotonic()
@@ -166,6 +172,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="also write the table here")
     parser.add_argument("--cell", help='only this "backend dtype route"')
     parser.add_argument("--case", type=int, help="only the case of this number")
+    parser.add_argument("--only-ours", action="store_true", help="pass over what runs none of our kernels")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
