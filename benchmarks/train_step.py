@@ -192,7 +192,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="30m")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="default: all that are installed")
+    parser.add_argument(
+        "--providers", nargs="+", choices=[*PROVIDERS, *(f"{p} {d}" for p in PROVIDERS for d in ("fp32", "bf16"))],
+        metavar="NAME", help="such as 'nanogpt tuned', or 'nanogpt fp32' for one dtype only; default: all there are",
+    )  # fmt: skip
     parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="llmfast's kernels use no more than this")
     parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few providers, three turns")
     parser.add_argument("--json", type=Path)
@@ -202,7 +205,10 @@ def main() -> None:
     shape, turns = SHAPES[args.shape], 3 if args.quick else args.turns
     kinds = args.providers or (QUICK if args.quick else PROVIDERS)
     names = [
-        f"{kind} {dtype}" for kind in kinds for dtype in args.dtype if "nanogpt" not in kind or PEERS in os.environ
+        name
+        for kind in kinds
+        for name in ([f"{kind} {dtype}" for dtype in args.dtype] if kind in PROVIDERS else [kind])
+        if "nanogpt" not in kind or PEERS in os.environ
     ]
     samples, facts = measure(names, shape, turns, repeats=0 if args.quick else 2)
 

@@ -5,11 +5,10 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/gemm_kernels.h"
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "stable.h"
 
 namespace llmfast::cpu {
 namespace {
@@ -25,20 +24,6 @@ constexpr int64_t kMacsPerThread = 1 << 17;         // a second thread must brin
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// f(i) for i < count on `threads` of PyTorch's threads; each takes the next i when it is free.
-template <typename F>
-void each(int64_t count, int64_t threads, F f) {
-  threads = std::min(threads, count);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) f(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
-  });
-}
 
 struct Plan {
   const Product& p;

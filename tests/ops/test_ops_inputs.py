@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from llmfast import ops
-from llmfast.ops import dropout
+from llmfast.ops import _library, dropout
 from llmfast.ops._dropout import keep_mask
 
 f = torch.randn
@@ -116,6 +116,30 @@ def test_the_loss_equals_pytorchs_over_several_chunks(reduction):
     torch.testing.assert_close(
         ours, F.cross_entropy(F.linear(x, weight, bias), target, **options), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.skipif(_library.why_not_loaded() is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_number_of_threads_does_not_change_a_bit_of_the_loss(bf16):
+    x, weight, bias = f(700, 97), f(5003, 97), f(5003)
+    target, rows = torch.randint(5003, (700,)), torch.rand(700)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            raw = torch.ops.llmfast.linear_cross_entropy.default
+            results.append(raw(x, weight, bias, target, rows, 0.1, bf16, True, True, True))
+        finally:
+            torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_vocabulary_of_one_costs_exactly_nothing():
+    losses = ops.linear_cross_entropy(
+        f(600, 33), f(1, 33), torch.zeros(600, dtype=torch.long), bias=f(1), reduction="none", label_smoothing=0.1
+    )
+    assert not losses.any()
 
 
 def test_the_loss_is_exact_where_the_probability_underflows():

@@ -1,7 +1,5 @@
-// Softmax cross-entropy over rows of logits, which turn into their gradient in place.
-//   loss = lse(z) - (1 - s) z[t] - s mean(z),   dz = w (exp(z - max) / sum - (1 - s) onehot(t) - s / V)
-// Two passes with an exponential each: the first keeps a running maximum, block by block, so that a row is read once for
-// maximum and sum. Sums of blocks are added in double, where V = 50,257 terms lose nothing.
+// Softmax cross-entropy over a block of logits while it is in the cache, see cpu/cross_entropy.h. One exponential a logit:
+// it is kept relative to its block's maximum, and what is missing to the softmax is one factor a row and block.
 #include "cpu/cross_entropy.h"
 
 #include <float.h>
@@ -12,114 +10,121 @@
 namespace llmfast::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;
-
-// exp(x) for x <= 0, and 0 where a row weight times it could be denormal, which many CPUs are slow with.
+// exp(x) for x <= 0, and 0 where the product of two of them and a row weight could be denormal, which many CPUs are slow
+// with.
 template <typename F>
 F exp_or_zero(F x) {
-  return x < -64.f ? F{} : exp_bounded(x);
+  return x < -40.f ? F{} : exp_bounded(x);
 }
 
-// The maximum of some elements; a NaN among them may get lost.
-struct Max {
-  Vec wide[4];
-  float one = -FLT_MAX;
-  Max() {
-    for (Vec& v : wide) v = Vec{} - FLT_MAX;
-  }
-  void add(int slot, Vec v) { wide[slot] = v > wide[slot] ? v : wide[slot]; }
-  void add(int, float v) { one = v > one ? v : one; }
-  float total() const {
-    float lanes[4 * kLanes], top = one;
-    memcpy(lanes, wide, sizeof lanes);
-    for (float v : lanes) top = v > top ? v : top;
-    return top;
-  }
+// f(lanes, i, count) over i in [0, n): `Vecs` full vectors at a time, then one, then single floats. count is a constant.
+template <int Count>
+struct Times {
+  static constexpr int value = Count;
 };
+template <int Vecs, typename F>
+void for_columns(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + Vecs * kLanes <= n; i += Vecs * kLanes) f(Wide(), i, Times<Vecs>());
+  for (; i + kLanes <= n; i += kLanes) f(Wide(), i, Times<1>());
+  for (; i < n; ++i) f(One(), i, Times<1>());
+}
 
-struct Statistics {
-  float top;     // max(z), finite
-  double sum;    // of exp(z - top)
-  double total;  // of z, where asked for
-};
-
-template <bool Total, typename T>
-Statistics statistics(const T* z, int64_t V) {
-  Statistics s = {-FLT_MAX, 0.0, 0.0};
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int64_t end = begin + kBlock < V ? begin + kBlock : V;
-    Max max;
-    for_row<4>(begin, end, [&](auto lanes, int64_t i, int slot) { max.add(slot, lanes.load(z + i)); });
-    const float top = max.total();
-    if (top > s.top) {
-      s.sum *= exp(double(s.top) - double(top));
-      s.top = top;
+template <typename Lanes, int Vecs, bool Bias, bool Total, typename T>
+void columns(float* z, int64_t stride, int64_t words, const float* bias, T* e, float* top_out, float* sum_out,
+             float* total_out) {
+  using F = typename Lanes::F;
+  F top[Vecs], sum[Vecs], total[Vecs];
+  for (int j = 0; j < Vecs; ++j) top[j] = F{} - FLT_MAX, sum[j] = total[j] = F{};
+  for (int64_t w = 0; w < words; ++w)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) {
+      float* at = z + w * stride + j * Lanes::width;
+      F v = Lanes::load(at);
+      if constexpr (Bias) Lanes::store(at, v = v + bias[w]);
+      if constexpr (Total) total[j] += v;
+      top[j] = v > top[j] ? v : top[j];
     }
-    Sum<4> sum, total;
-    for_row<4>(begin, end, [&](auto lanes, int64_t i, int slot) {
-      const auto v = lanes.load(z + i);
-      sum.add(slot, exp_or_zero(v - s.top));
-      if constexpr (Total) total.add(slot, v);
-    });
-    s.sum += sum.total();
-    s.total += total.total();
-  }
-  return s;
-}
-
-template <bool Smooth, typename T>
-void losses(T* z, int64_t stride, int64_t V, const int64_t* target, const float* weights, double s, float* losses,
-            int64_t row0, int64_t row1) {
-  for (int64_t r = row0; r < row1; ++r) {
-    T *row = z + r * stride, *chosen = row + target[r];
-    const double z_target = One::load(chosen);
-    const Statistics found = statistics<Smooth>(row, V);
-    losses[r] = float(double(found.top) + log(found.sum) - (1.0 - s) * z_target - s * found.total / double(V));
-    if (!weights) continue;
-    const double weight = weights[r];
-    const float scale = float(weight / found.sum), shift = float(weight * s / double(V));
-    for_row<4>(0, V, [&](auto lanes, int64_t i, int) {
-      auto d = exp_or_zero(lanes.load(row + i) - found.top) * scale;
-      if constexpr (Smooth) d = d - shift;
-      lanes.store(row + i, d);
-    });
-    One::store(chosen, float(weight * (exp(z_target - double(found.top)) / found.sum - (1.0 - s) - s / double(V))));
-    memset(row + V, 0, (stride - V) * sizeof(T));
-  }
-}
-
-template <typename T>
-void choose_losses(T* z, int64_t stride, int64_t V, const int64_t* target, const float* weights, double s, float* out,
-                   int64_t row0, int64_t row1) {
-  (s == 0.0 ? losses<false, T> : losses<true, T>)(z, stride, V, target, weights, s, out, row0, row1);
-}
-
-template <typename T>
-void add_columns(const T* z, int64_t stride, int64_t rows, float* sums, int64_t column0, int64_t column1) {
-  constexpr int64_t kRows = 64;  // a longer running sum would lose bits
-  float part[kBlock];
-  for (int64_t begin = column0; begin < column1; begin += kBlock) {
-    const int64_t n = begin + kBlock < column1 ? kBlock : column1 - begin;
-    for (int64_t first = 0; first < rows; first += kRows) {
-      memset(part, 0, sizeof part);
-      for (int64_t r = first; r < rows && r < first + kRows; ++r)
-        for_row<4>(0, n, [&](auto lanes, int64_t i, int) {
-          lanes.store(part + i, lanes.load(part + i) + lanes.load(z + r * stride + begin + i));
-        });
-      for_row<4>(0, n, [&](auto lanes, int64_t i, int) {
-        lanes.store(sums + begin + i, lanes.load(sums + begin + i) + lanes.load(part + i));
-      });
+  for (int64_t w = 0; w < words; ++w)
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) {
+      const int64_t at = w * stride + j * Lanes::width;
+      const F v = exp_or_zero(Lanes::load(z + at) - top[j]);
+      sum[j] += v;
+      if (e) Lanes::store(e + at, v);
     }
+  for (int j = 0; j < Vecs; ++j) {
+    Lanes::store(top_out + j * Lanes::width, top[j]);
+    Lanes::store(sum_out + j * Lanes::width, sum[j]);
+    if constexpr (Total) Lanes::store(total_out + j * Lanes::width, total[j]);
   }
 }
 
+template <bool Bias, bool Total, typename T>
+void block(float* z, int64_t stride, int64_t words, int64_t n, const float* bias, T* e, float* top, float* sum,
+           float* total) {
+  for_columns<2>(n, [&](auto lanes, int64_t i, auto count) {
+    columns<decltype(lanes), decltype(count)::value, Bias, Total>(z + i, stride, words, bias, e ? e + i : e, top + i, sum + i,
+                                                                  Total ? total + i : total);
+  });
+}
+
 template <typename T>
-constexpr CrossEntropyRows<T> kernels = {choose_losses<T>, add_columns<T>};
+void exponentials(float* z, int64_t stride, int64_t words, int64_t n, const float* bias, T* e, float* top, float* sum,
+                  float* total) {
+  const auto run = bias ? total ? block<true, true, T> : block<true, false, T>
+                        : total ? block<false, true, T> : block<false, false, T>;
+  run(z, stride, words, n, bias, e, top, sum, total);
+}
+
+template <typename T>
+void scale(T* e, int64_t stride, int64_t words, int64_t n, const float* factor, const float* shift) {
+  for (int64_t w = 0; w < words; ++w)
+    for_row<4>(0, n, [&](auto lanes, int64_t i, int) {
+      T* at = e + w * stride + i;
+      auto v = lanes.load(at) * lanes.load(factor + i);
+      if (shift) v = v - lanes.load(shift + i);
+      lanes.store(at, v);
+    });
+}
+
+template <typename T>
+void add_rows(const T* e, int64_t stride, int64_t words, int64_t n, float* sums) {
+  for (int64_t w = 0; w < words; ++w) {
+    Sum<4> sum;
+    for_row<4>(0, n, [&](auto lanes, int64_t i, int slot) { sum.add(slot, lanes.load(e + w * stride + i)); });
+    sums[w] += sum.total();
+  }
+}
+
+void combine(float* tops, const float* sums, int64_t stride, int64_t blocks, int64_t n, float* top_out, float* sum_out) {
+  for_row<1>(0, n, [&](auto lanes, int64_t i, int) {
+    auto top = lanes.load(tops + i);
+    for (int64_t b = 1; b < blocks; ++b) {
+      const auto v = lanes.load(tops + b * stride + i);
+      top = v > top ? v : top;
+    }
+    auto sum = top - top, lost = sum;  // Kahan's compensated sum
+    for (int64_t b = 0; b < blocks; ++b) {
+      const auto factor = exp_or_zero(lanes.load(tops + b * stride + i) - top);
+      const auto term = lanes.load(sums + b * stride + i) * factor - lost, next = sum + term;
+      lost = (next - sum) - term;
+      sum = next;
+      lanes.store(tops + b * stride + i, factor);
+    }
+    lanes.store(top_out + i, top);
+    lanes.store(sum_out + i, sum);
+  });
+}
+
+template <typename T>
+constexpr CrossEntropyBlock<T> kernels = {exponentials<T>, scale<T>, add_rows<T>,
+                                          [](T* e, float value) { One::store(e, value); }};
 
 }  // namespace
 
 namespace LLMFAST_ISA {
-extern const CrossEntropyTable cross_entropy = {kernels<float>, kernels<uint16_t>};
+extern const CrossEntropyTable cross_entropy = {kernels<float>, kernels<uint16_t>, combine};
 }  // namespace LLMFAST_ISA
 
 }  // namespace llmfast::cpu

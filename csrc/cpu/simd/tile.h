@@ -255,6 +255,10 @@ void tile(const Rows& a, const uint32_t* panel, int64_t units, int64_t n, const 
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < Vecs; ++j) sums[i][j] = Vec{};
+  if (out.accumulate)  // what will be added to may lie far away
+    for (int i = 0; i < MR; ++i)
+      for (int j = 0; j < Vecs * kLanes; j += 64 / int(sizeof(C)))
+        __builtin_prefetch(static_cast<C*>(out.c) + i * out.c_stride + j, 1);
   const char *top = a.base, *low = a.base + 3 * a.row;
   const int64_t row = a.row, step = a.unit;
   for (int64_t u = 0; u < units; ++u) {
