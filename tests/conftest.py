@@ -1,6 +1,16 @@
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+    import mended_interpreter
+
+    mended_interpreter.mend()
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from llmfast.ops._registry import current_setting
 _LEVELS = 1 << 16
 
 
-def new_seed() -> Tensor:
-    """One int64 from the CPU's default generator: the seed of all masks of one call of an op."""
+def new_seed(device: torch.device | None = None) -> Tensor:
+    """One int64 from the default generator of ``device`` (the CPU's), there: the seed of all masks of one call."""
     if torch.compiler.is_compiling():
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
-    return torch.empty((), dtype=torch.int64).random_()
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.empty((), dtype=torch.int64, device=device).random_()
 
 
 class _Dropout(torch.autograd.Function):

@@ -6,13 +6,14 @@ y            = layer_norm(new_residual, weight, bias, eps)
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops._dropout import dropout, new_seed
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
@@ -23,6 +24,8 @@ from llmfast.ops.layer_norm import (
     layer_norm_reference,
     native_declines,
     native_implementations,
+    triton_declines,
+    triton_implementation,
 )
 
 
@@ -41,38 +44,44 @@ def _eager(
     return layer_norm_eager(total, weight, bias, eps), total
 
 
-def _fused(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
+def _kernel(
+    raw: Any, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """csrc/cpu/layer_norm.cpp: one pass over memory, and the dropout mask made again in backward."""
-    seed = new_seed() if dropout_p > 0 else None
+    """One pass over memory, and the dropout mask made again in backward."""
+    seed = new_seed(x.device) if dropout_p > 0 else None
     if torch.compiler.is_compiling():
-        return torch.ops.llmfast.add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)[:2]
+        return raw.add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p, seed)[:2]
     if torch.is_grad_enabled() and (
         x.requires_grad
         or residual.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _AddLayerNorm.apply(x, residual, weight, bias, eps, dropout_p, seed)
+        return _AddLayerNorm.apply(raw, x, residual, weight, bias, eps, dropout_p, seed)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmfast.add_layer_norm_fwd.default(x, residual, weight, bias, eps, dropout_p, seed)[:2]
+        return raw.add_layer_norm_fwd.default(x, residual, weight, bias, eps, dropout_p, seed)[:2]
+
+
+# csrc/cpu/layer_norm.cpp; kernels/layer_norm.py
+_fused = functools.partial(_kernel, torch.ops.llmfast)
+_triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
 
 class _AddLayerNorm(torch.autograd.Function):
     """Cheaper a call than ``register_autograd`` (below), which torch.compile and opcheck take."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, raw: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.llmfast.add_layer_norm_fwd.default(*inputs)
+            output = raw.add_layer_norm_fwd.default(*inputs)
         _setup(ctx, inputs, output)
+        ctx.raw = raw
         return output[:2]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         _checks.once("add_layer_norm")
-        return _backward(ctx, dy, ds)
+        return None, *_backward(ctx, ctx.raw, dy, ds)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -83,11 +92,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, raw: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
     s, weight, mean, rstd, seed = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(s)
-    dx, dresidual, dw, db = torch.ops.llmfast.add_layer_norm_bwd.default(
+    dx, dresidual, dw, db = raw.add_layer_norm_bwd.default(
         dy, ds, s, weight, mean, rstd, ctx.has_bias, ctx.x_dtype, ctx.dropout_p, seed
     )
     if not (ctx.dropout_p > 0 or ctx.x_dtype is not s.dtype):
@@ -95,9 +104,12 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple
     return dx, dresidual, (None if weight is None else dw), (db if ctx.has_bias else None), None, None, None
 
 
+@_triton.on_load
 @_library.on_load
-def _register() -> None:
-    @torch.library.register_fake("llmfast::add_layer_norm_fwd")
+def _register(namespace: str = "llmfast") -> None:
+    raw = getattr(torch.ops, namespace)
+
+    @torch.library.register_fake(f"{namespace}::add_layer_norm_fwd")
     def _fwd(
         x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float,
         seed: Tensor | None,
@@ -106,7 +118,7 @@ def _register() -> None:
         s, stats = residual.new_empty(x.shape), x.new_empty((rows,), dtype=torch.float32)
         return torch.empty_like(s), s, stats, torch.empty_like(stats)
 
-    @torch.library.register_fake("llmfast::add_layer_norm_bwd")
+    @torch.library.register_fake(f"{namespace}::add_layer_norm_bwd")
     def _bwd(
         dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool,
         x_dtype: torch.dtype, dropout_p: float, seed: Tensor | None,
@@ -123,7 +135,10 @@ def _register() -> None:
         _setup(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[2:])
 
-    torch.library.register_autograd("llmfast::add_layer_norm_fwd", _backward, setup_context=setup)
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, raw, dy, ds)
+
+    torch.library.register_autograd(f"{namespace}::add_layer_norm_fwd", backward, setup_context=setup)
 
 
 def _composed(
@@ -142,6 +157,12 @@ def _declines(
     ):
         return [f"residual is {residual.dtype} beside a {x.dtype} x"]
     return native_declines(x, weight, bias, eps)
+
+
+def _triton_declines(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
+) -> list[str]:
+    return triton_declines(x, weight, bias, eps)
 
 
 def _inputs(shape: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -181,6 +202,7 @@ _op = Op(
     cost=_cost,
     implementations=[
         *native_implementations(_composed, _fused, _declines),
+        triton_implementation(_triton_kernel, _triton_declines),
         Implementation("torch", _eager, "PyTorch"),
     ],
 )

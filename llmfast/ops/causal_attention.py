@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops._dropout import keep_mask, new_seed
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
@@ -147,7 +147,8 @@ def _bmm(a: Tensor, b: Tensor, onednn: bool) -> Tensor:
 # ---- Native kernel ---------------------------------------------------------------------------------------------------
 
 
-def _native(
+def _kernel(
+    raw: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,51 +157,58 @@ def _native(
     kv_lens: Tensor | None,
     doc_ids: Tensor | None,
 ) -> Tensor:
-    """csrc/cpu/attention.cpp."""
     cast = _checks.autocast_dtype(q)
     if cast is not None:
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    seed = new_seed() if dropout_p else None
+    seed = new_seed(q.device) if dropout_p else None
     if torch.compiler.is_compiling():
-        return torch.ops.llmfast.causal_attention_fwd(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
+        return raw.causal_attention_fwd(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)
+        return _Attention.apply(raw, q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmfast.causal_attention_fwd.default(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
+        return raw.causal_attention_fwd.default(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
+
+
+# csrc/cpu/attention.cpp; kernels/causal_attention.py
+_native = functools.partial(_kernel, torch.ops.llmfast)
+_triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
 
 class _Attention(torch.autograd.Function):
     """What ``register_autograd`` (below) does, cheaper a call."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def forward(ctx: Any, raw: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = torch.ops.llmfast.causal_attention_fwd.default(q, k, v, *rest)
+            out, lse = raw.causal_attention_fwd.default(q, k, v, *rest)
         scale, dropout_p, seed, kv_lens, doc_ids = rest
         ctx.save_for_backward(q, k, v, out, lse, seed, kv_lens, doc_ids)
-        ctx.options = scale, dropout_p
+        ctx.raw, ctx.options = raw, (scale, dropout_p)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         _checks.once("causal_attention")
         q, k, v, out, lse, *masks = ctx.saved_tensors
-        gradients = torch.ops.llmfast.causal_attention_bwd.default(dout, q, k, v, out, lse, *ctx.options, *masks)
-        return *gradients, None, None, None, None, None
+        gradients = ctx.raw.causal_attention_bwd.default(dout, q, k, v, out, lse, *ctx.options, *masks)
+        return None, *gradients, None, None, None, None, None
 
 
+@_triton.on_load
 @_library.on_load
-def _register() -> None:
+def _register(namespace: str = "llmfast") -> None:
+    raw = getattr(torch.ops, namespace)
+
     def heads(q: Tensor, T: int) -> Tensor:
         B, H, _, D = q.shape
         return q.new_empty((B, T, H, D)).transpose(1, 2)
 
-    @torch.library.register_fake("llmfast::causal_attention_fwd")
+    @torch.library.register_fake(f"{namespace}::causal_attention_fwd")
     def _fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         return heads(q, q.shape[2]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @torch.library.register_fake("llmfast::causal_attention_bwd")
+    @torch.library.register_fake(f"{namespace}::causal_attention_bwd")
     def _bwd(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         return heads(q, q.shape[2]), heads(q, k.shape[2]), heads(q, k.shape[2])
 
@@ -213,10 +221,10 @@ def _register() -> None:
 
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *masks = ctx.saved_tensors
-        gradients = torch.ops.llmfast.causal_attention_bwd(dout, q, k, v, out, lse, *ctx.options, *masks)
+        gradients = raw.causal_attention_bwd(dout, q, k, v, out, lse, *ctx.options, *masks)
         return *gradients, None, None, None, None, None
 
-    torch.library.register_autograd("llmfast::causal_attention_fwd", backward, setup_context=setup)
+    torch.library.register_autograd(f"{namespace}::causal_attention_fwd", backward, setup_context=setup)
 
 
 def _native_declines(q: Tensor, *_: Any) -> list[str]:
@@ -225,6 +233,16 @@ def _native_declines(q: Tensor, *_: Any) -> list[str]:
         reasons = [*reasons, "heads of no elements"]
     if _checks.autocast_dtype(q) not in (None, torch.bfloat16):
         reasons = [*reasons, f"takes no {torch.get_autocast_dtype('cpu')} of autocast"]
+    return reasons
+
+
+TRITON_MAX_HEAD_SIZE = 128  # MAX_HEAD_SIZE of kernels/causal_attention.py
+
+
+def _triton_declines(q: Tensor, *_: Any) -> list[str]:
+    reasons = _library.transforms()
+    if not 0 < q.shape[-1] <= TRITON_MAX_HEAD_SIZE:
+        reasons = [*reasons, f"heads of {q.shape[-1]} elements, not 1 to {TRITON_MAX_HEAD_SIZE}"]
     return reasons
 
 
@@ -310,6 +328,16 @@ _op = Op(
             _library.unavailable,
             _native_declines,
             not_worth=_faster_elsewhere,
+        ),
+        Implementation(
+            "triton",
+            _triton_kernel,
+            "ours",
+            _triton.DEVICES,
+            _triton.DTYPES,
+            _triton.unavailable,
+            _triton_declines,
+            _triton.on_cpu,
         ),
         Implementation("torch", _torch, "PyTorch (SDPA)"),
     ],

@@ -7,6 +7,7 @@ N rows, C width. Statistics are kept in float32 (float64 for float64).
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
 
@@ -38,46 +39,55 @@ def layer_norm_eager(x: Tensor, weight: Tensor | None, bias: Tensor | None = Non
 # ---- Native kernels --------------------------------------------------------------------------------------------------
 
 
-def layer_norm_native(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """csrc/cpu/layer_norm.cpp and csrc/cuda/layer_norm.cu."""
+def _kernel(raw: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if torch.compiler.is_compiling():
-        return torch.ops.llmfast.layer_norm_fwd(x, weight, bias, eps)[0]
+        return raw.layer_norm_fwd(x, weight, bias, eps)[0]
     if torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _LayerNorm.apply(x, weight, bias, eps)
+        return _LayerNorm.apply(raw, x, weight, bias, eps)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmfast.layer_norm_fwd.default(x, weight, bias, eps)[0]
+        return raw.layer_norm_fwd.default(x, weight, bias, eps)[0]
+
+
+# csrc/cpu/layer_norm.cpp and csrc/cuda/layer_norm.cu; kernels/layer_norm.py
+layer_norm_native = functools.partial(_kernel, torch.ops.llmfast)
+layer_norm_triton = functools.partial(_kernel, torch.ops.llmfast_triton)
 
 
 class _LayerNorm(torch.autograd.Function):
     """Five microseconds less than ``register_autograd`` (below), which torch.compile and opcheck take."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, raw: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, mean, rstd = torch.ops.llmfast.layer_norm_fwd.default(x, weight, bias, eps)
+            y, mean, rstd = raw.layer_norm_fwd.default(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.has_bias = bias is not None
+        ctx.raw, ctx.has_bias = raw, bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _checks.once("layer_norm")
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dw, db = torch.ops.llmfast.layer_norm_bwd.default(dy, x, weight, mean, rstd, ctx.has_bias)
-        return dx, (dw if weight is not None else None), (db if ctx.has_bias else None), None
+        dx, dw, db = ctx.raw.layer_norm_bwd.default(dy, x, weight, mean, rstd, ctx.has_bias)
+        return None, dx, (dw if weight is not None else None), (db if ctx.has_bias else None), None
 
 
+@_triton.on_load
 @_library.on_load
-def _register() -> None:
-    @torch.library.register_fake("llmfast::layer_norm_fwd")
+def _register(namespace: str = "llmfast") -> None:
+    raw = getattr(torch.ops, namespace)
+
+    @torch.library.register_fake(f"{namespace}::layer_norm_fwd")
     def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
         stats = x.new_empty((rows,), dtype=torch.float32)
         return x.new_empty(x.shape), stats, torch.empty_like(stats)
 
-    @torch.library.register_fake("llmfast::layer_norm_bwd")
+    @torch.library.register_fake(f"{namespace}::layer_norm_bwd")
     def _bwd(
         dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,10 +107,10 @@ def _register() -> None:
 
     def backward(ctx: Any, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dw, db = torch.ops.llmfast.layer_norm_bwd(dy, x, weight, mean, rstd, ctx.has_bias)
+        dx, dw, db = raw.layer_norm_bwd(dy, x, weight, mean, rstd, ctx.has_bias)
         return dx, (dw if weight is not None else None), (db if ctx.has_bias else None), None
 
-    torch.library.register_autograd("llmfast::layer_norm_fwd", backward, setup_context=setup)
+    torch.library.register_autograd(f"{namespace}::layer_norm_fwd", backward, setup_context=setup)
 
 
 def check_parameters(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -141,6 +151,23 @@ def native_implementations(
         Implementation("cuda", cuda, "ours", ("cuda",), (*low, torch.float16), loaded, declines),
         Implementation("cpp", cpp, "ours", ("cpu",), low, loaded, declines, not_worth=small_on_cpu),
     ]
+
+
+TRITON_MAX_WIDTH = 16384  # MAX_WIDTH of kernels/layer_norm.py
+
+
+def triton_declines(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:
+    """Reasons of the Triton kernels against these arguments."""
+    if not 0 < x.shape[-1] <= TRITON_MAX_WIDTH:
+        return [f"rows of {x.shape[-1]} elements, not 1 to {TRITON_MAX_WIDTH}"]
+    return _library.transforms()
+
+
+def triton_implementation(run: Callable[..., Any], declines: Callable[..., list[str]]) -> Implementation:
+    """A kernel of kernels/ behind ``run``."""
+    return Implementation(
+        "triton", run, "ours", _triton.DEVICES, _triton.DTYPES, _triton.unavailable, declines, _triton.on_cpu
+    )
 
 
 # ---- Op --------------------------------------------------------------------------------------------------------------
@@ -185,6 +212,7 @@ layer_norm_op = Op(
     cost=_cost,
     implementations=[
         *native_implementations(layer_norm_native, layer_norm_native, native_declines),
+        triton_implementation(layer_norm_triton, triton_declines),
         Implementation("torch", layer_norm_eager, "PyTorch"),
     ],
 )
