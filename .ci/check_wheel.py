@@ -17,6 +17,7 @@ files = {name for name in names if ".dist-info/" not in name}
 wanted = {"llmfast/_kernels.so", "llmfast/py.typed"}
 wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "llmfast").rglob("*.py")}
 wanted |= {f"llmfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+wanted |= {f"llmfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/configs").glob("*.json")}
 wanted |= {f"llmfast/results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.json")}
 query = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
 for python in [sys.executable, *pythons]:

@@ -5,11 +5,11 @@
     ds = p (dp - delta), delta = rowsum(dout * out)      dq = scale ds k      dk = scale ds^T q
 
 Query i sees key j where j <= i + Tk - Tq, j < kv_lens[b] and doc_ids[b, j] == doc_ids[b, i + Tk - Tq]. mask: dropout,
-0 or 1 / (1 - p), a function of (seed, batch and head, query, key) alone (``common.keep``), so that the tiles of forward and
-backward may differ. A query that sees no key gives zeros, and an lse of +inf, which makes its p zero.
+0 or 1 / (1 - p), a function of (seed, batch and head, query, key) alone (``common.keep``), so that the tiles of forward
+and backward may differ. A query that sees no key gives zeros, and an lse of +inf, which makes its p zero.
 
-Tiling: forward and dq own BLOCK_M queries and walk over the keys, those left of the diagonal without a mask; dk and dv own
-BLOCK_N keys and walk over the queries. Scores are kept in base 2 (scale log2 e), so that exp is one instruction.
+Tiling: forward and dq own BLOCK_M queries and walk over the keys, those left of the diagonal without a mask; dk and dv
+own BLOCK_N keys and walk over the queries. Scores are kept in base 2 (scale log2 e), so that exp is one instruction.
 Every sum is made by one program: no atomics, the same bits every time.
 Bytes moved: q, k, v, out once, and k, v once more a block of BLOCK_M queries, mostly from L2. FLOPs: 4 D a visible pair
 forward, 10 D backward, of which 4 D for the scores again, in each of its two kernels.

@@ -1,8 +1,9 @@
 """What the Triton kernels share: tile configurations, activations, the dropout mask, the order of tiles.
 
-Configurations lie in ``configs/sm<NN>.json``, one file a GPU architecture: per kernel a list of rows {"when": {dimension:
-[low, high], "dtype": [...]}, "config": {tile sizes, "num_warps", "num_stages"}}. The first row that fits a launch is
-taken, else the kernel's default, which is legal everywhere. Nothing is searched unless LLMFAST_AUTOTUNE=1 asks for it.
+Configurations lie in ``configs/sm<NN>.json``, one file a GPU architecture: per kernel a list of rows {"when":
+{dimension: [low, high], "dtype": [...]}, "config": {tile sizes, "num_warps", "num_stages"}}. The first row that fits a
+launch is taken, else the kernel's default, which is legal everywhere. Nothing is searched unless LLMFAST_AUTOTUNE=1
+asks for it.
 """
 
 from __future__ import annotations
@@ -182,19 +183,32 @@ def activate_backward(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _column_sum(x_ptr, y_ptr, rows, N, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+def _column_sum(x_ptr, y_ptr, rows, N, x_row, ADD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for start in range(0, rows, BLOCK_R):
+    for start in range(tl.program_id(1) * BLOCK_R, rows, tl.num_programs(1) * BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
         inside = (row < rows)[:, None] & (columns < N)[None, :]
-        total += tl.load(x_ptr + row.to(tl.int64)[:, None] * N + columns[None, :], mask=inside, other=0.0)
-    tl.store(y_ptr + columns, tl.sum(total, 0).to(y_ptr.dtype.element_ty), mask=columns < N)
+        total += tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + columns[None, :], mask=inside, other=0.0)
+    at = y_ptr + tl.program_id(1).to(tl.int64) * N + columns
+    y = tl.sum(total, 0)
+    if ADD:
+        y += tl.load(at, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=columns < N)
 
 
-def column_sum(partial: Tensor, out: Tensor) -> Tensor:
-    """The column sums of float32 ``partial`` (rows, N) in ``out`` (N,): the second half of a sum over rows."""
-    rows, N = partial.shape
+def column_sum(x: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """The column sums of x (rows, N), whose rows are contiguous, in ``out`` (N,), or added to it.
+
+    Many rows of few columns are summed in shares first, so that the whole GPU reads.
+    """
+    rows, N = x.shape
     block = 32 if INTERPRET else 64
-    _column_sum[(triton.cdiv(N, block),)](partial, out, rows, N, BLOCK_R=32, BLOCK_N=block, num_warps=4)
+    columns = triton.cdiv(N, block)
+    shares = min(triton.cdiv(rows, 256), triton.cdiv(2 * multiprocessors(x.device), columns))
+    if shares > 1:
+        part = torch.empty(shares, N, dtype=torch.float32, device=x.device)
+        _column_sum[(columns, shares)](x, part, rows, N, x.stride(0), False, BLOCK_R=32, BLOCK_N=block, num_warps=4)
+        x, rows = part, shares
+    _column_sum[(columns, 1)](x, out, rows, N, x.stride(0), add, BLOCK_R=32, BLOCK_N=block, num_warps=4)
     return out

@@ -5,8 +5,8 @@
     dx = dropout mask * ds
 
 Tiling: a program owns BLOCK_R whole rows of C elements in registers, so that every pass reads its input once. Backward:
-a fixed number of programs walks over the rows and keeps its share of dw and db in float32 registers; a second kernel adds
-the shares. No atomics: the result does not depend on timing.
+a fixed number of programs walks over the rows and keeps its share of dw and db in float32 registers; a second kernel
+adds the shares. No atomics: the result does not depend on timing.
 Bytes moved, e a element's size: forward 2 e N C (with residual 4 e N C); backward 3 e N C (with residual up to 5 e N C)
 and 8 C a program.
 Source: Ba, Kiros, Hinton 2016; the split of the backward's sums is that of every persistent layer-norm kernel.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmfast.kernels.common import Tuned, column_sum, dropout_limit, keep, multiprocessors, rows_of
 
-MAX_WIDTH = 16384  # elements of a row that fit the registers of a program
+MAX_WIDTH = 8192  # elements of a row that fit the registers of a program
 
 
 @triton.jit
@@ -104,13 +104,13 @@ def _layer_norm_backward(
 # One row a program keeps the registers few at every width; narrow rows are gathered by the tuned rows of configs/.
 _forward_tuned = Tuned(
     _layer_norm_forward,
-    default={"BLOCK_R": 1, "num_warps": 8, "num_stages": 1},
+    default={"BLOCK_R": 1, "num_warps": 16, "num_stages": 1},
     interpreted={"BLOCK_R": 8},
     search=[{"BLOCK_R": r, "num_warps": w, "num_stages": 1} for r in (1, 2, 4) for w in (4, 8, 16)],
 )
 _backward_tuned = Tuned(
     _layer_norm_backward,
-    default={"BLOCK_R": 1, "num_warps": 8, "num_stages": 1},
+    default={"BLOCK_R": 1, "num_warps": 16, "num_stages": 1},
     interpreted={"BLOCK_R": 4},
     search=[{"BLOCK_R": r, "num_warps": w, "num_stages": s} for r in (1, 2, 4) for w in (4, 8, 16) for s in (1, 2)],
 )

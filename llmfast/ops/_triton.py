@@ -85,7 +85,9 @@ def _or_empty(t: Tensor | None, like: Tensor) -> Tensor:
 
 
 _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "layer_norm_fwd": ("(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", _layer_norm_fwd),
+    "layer_norm_fwd": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", _layer_norm_fwd,
+    ),
     "layer_norm_bwd": (
         "(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, bool has_bias) -> (Tensor, Tensor, Tensor)",
         _layer_norm_bwd,
@@ -106,8 +108,8 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
         _causal_attention_fwd,
     ),
     "causal_attention_bwd": (
-        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, float dropout_p, Tensor? seed,"
-        " Tensor? kv_lens, Tensor? doc_ids) -> (Tensor, Tensor, Tensor)",
+        "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, float dropout_p,"
+        " Tensor? seed, Tensor? kv_lens, Tensor? doc_ids) -> (Tensor, Tensor, Tensor)",
         _causal_attention_bwd,
     ),
 }  # fmt: skip

@@ -59,9 +59,7 @@ class _LayerNorm(torch.autograd.Function):
     """Five microseconds less than ``register_autograd`` (below), which torch.compile and opcheck take."""
 
     @staticmethod
-    def forward(
-        ctx: Any, raw: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, raw: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, rstd = raw.layer_norm_fwd.default(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
@@ -153,7 +151,7 @@ def native_implementations(
     ]
 
 
-TRITON_MAX_WIDTH = 16384  # MAX_WIDTH of kernels/layer_norm.py
+TRITON_MAX_WIDTH = 8192  # MAX_WIDTH of kernels/layer_norm.py
 
 
 def triton_declines(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> list[str]:

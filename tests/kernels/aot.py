@@ -1,11 +1,12 @@
-"""Compiles every Triton kernel with every shipped configuration for sm_80, sm_90 and sm_100, on a machine without a GPU.
+"""Compiles every Triton kernel with every shipped configuration for sm_80, sm_90 and sm_100, without a GPU.
 
     python -m tests.kernels.aot [--arch 80 90 100] [--only TEXT] [--save] [--json FILE]
 
 The kernels are launched on meta tensors under a driver that compiles and never runs. The machine code then tells
-registers, spills, shared memory, how many blocks share a multiprocessor, and whether the tensor cores are used. A launch
-fails where it spills, needs more shared memory than there is, fits no multiprocessor, lacks HMMA / wgmma / tcgen05 though
-it multiplies matrices, has its wgmma serialized, or is worse than ``aot_baseline.json`` says (--save writes that file).
+registers, spills, shared memory, how many blocks share a multiprocessor, and whether the tensor cores are used. A
+launch fails where it spills, needs more shared memory than there is, fits no multiprocessor, lacks HMMA / wgmma /
+tcgen05 though it multiplies matrices, has its wgmma serialized, or is worse than ``aot_baseline.json`` says (--save
+writes that file).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -49,6 +51,7 @@ class Arch:
 ARCHS = {80: Arch(163, 164, 2048, "HMMA"), 90: Arch(227, 228, 2048, "HGMMA"), 100: Arch(227, 228, 2048, "UTCHMMA")}
 # Allowed growth over the baseline.
 GROWTH = {"registers": 1.1, "shared": 1.0, "loop": 1.15}
+COMPARED = [*GROWTH, "resident"]
 
 
 class CompileOnly(DriverBase):
@@ -145,7 +148,7 @@ def _products(counts) -> int:
 def _hottest_loop(code) -> collections.Counter:
     """The innermost loop with the most matrix instructions, else the longest."""
     loops = []
-    for (_, before, _), (address, op, rest) in zip(code, code[1:], strict=False):
+    for (_, before, _), (address, op, rest) in itertools.pairwise(code):
         target = re.search(r"0x([0-9a-f]+)", rest)
         # A branch right after a branch is the way back from code moved out of line.
         if op.startswith("BRA") and not before.startswith("BRA") and target and int(target[1], 16) < address:
@@ -211,7 +214,7 @@ def cases() -> dict:
     """Name -> launches at the shapes of GPT-2."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found = {}
-    for C in (768, 1600, 4096):
+    for C in (768, 4096, 8192):
         found[f"layer_norm C{C} bf16"] = lambda C=C: _layer_norm(C, bf16, False)
     found["layer_norm C768 fp32"] = lambda: _layer_norm(768, fp32, False)
     found["add_layer_norm C768 bf16 dropout"] = lambda: _layer_norm(768, bf16, True)
@@ -225,7 +228,23 @@ def cases() -> dict:
     for D in (64, 128):
         found[f"attention D{D} fp32"] = lambda D=D: _attention(D, fp32, False)
     found["attention D128 bf16 documents"] = lambda: _attention(128, bf16, False, True)
+    found["attention D128 bf16 default"] = lambda: _attention(128, bf16, True)
+    found["layer_norm C8192 fp32 default"] = lambda: _layer_norm(8192, fp32, True)
     return found
+
+
+@contextlib.contextmanager
+def defaults():
+    """No row of configs/ counts."""
+    table, common.table = common.table, lambda capability: {}
+    for tuned in common.TUNED.values():
+        tuned.choose.cache_clear()
+    try:
+        yield
+    finally:
+        common.table = table
+        for tuned in common.TUNED.values():
+            tuned.choose.cache_clear()
 
 
 MULTIPLIES = re.compile(r"_attention_(forward|backward)")
@@ -238,7 +257,7 @@ def compile_case(job: tuple[str, int]) -> list[tuple]:
         kept = os.dup(2)
         os.dup2(diagnostics.fileno(), 2)
         try:
-            with compiling(arch) as found:
+            with compiling(arch) as found, defaults() if name.endswith(" default") else contextlib.nullcontext():
                 cases()[name]()
         except Exception as error:
             diagnostics.seek(0)
@@ -260,12 +279,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS))
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--save", action="store_true", help="write the baseline")
-    parser.add_argument("--json", help="write what was measured to this file")
+    parser.add_argument("--save", action="store_true", help="write the baseline (with every architecture and case)")
     arguments = parser.parse_args()
+    if arguments.save and (arguments.only or arguments.arch != list(ARCHS)):
+        parser.error("--save needs every case on every architecture")
     began, failed, measured, launched = time.time(), 0, {}, set()
-    base = json.loads(BASELINE.read_text()) if BASELINE.exists() and not arguments.save else {}
-    base = base.get("launches", {}) if base.get("triton") == triton.__version__ else {}
+    base = {} if arguments.save else read_baseline()
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     jobs = [(name, arch) for arch in arguments.arch for name in cases() if arguments.only in name]
     print(f"triton {triton.__version__}")
@@ -277,13 +296,11 @@ def main() -> int:
                 line = f"{name:34s} {kernel:28s} {shown(options):>16s} {arch:3d}"
                 launched.add((arch, kernel, shown(options)))
                 if s is not None:
-                    measured[key] = s
-                    low_precision = "fp32" not in name
+                    measured[key] = [s[name] for name in COMPARED]
+                    low_precision = not re.search("fp32|default", name)  # the default's tiles are too small for it
                     bad = verdict(s, arch, bool(MULTIPLIES.match(kernel)) and low_precision, base.get(key))
-                    line += (
-                        f" {s['warps']:5d} {s['registers']:4d} {s['spills']:5d} {s['shared'] // 1024:5d}K {s['resident']:8d}"
-                        f" {s['HMMA'] + s['HGMMA'] + s['UTCHMMA']:4d} {s['code']:5d} {s['loop']:4d}"
-                    )
+                    line += f" {s['warps']:5d} {s['registers']:4d} {s['spills']:5d} {s['shared'] // 1024:5d}K"
+                    line += f" {s['resident']:8d} {s[ARCHS[arch].mma]:4d} {s['code']:5d} {s['loop']:4d}"
                 bad = [reason for reason in bad if reason]
                 print(line, "FAIL " + "; ".join(bad) if bad else "ok", flush=True)
                 failed += bool(bad)
@@ -292,11 +309,19 @@ def main() -> int:
         print(f"sm{arch}: no case launches {kernel} with {tiles}, which configs/ has: FAIL")
     failed += len(never)
     if arguments.save:
-        BASELINE.write_text(json.dumps({"triton": triton.__version__, "launches": measured}, indent=0, sort_keys=True))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"triton": triton.__version__, "launches": measured}, sort_keys=True))
+        rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(measured[key])}" for key in sorted(measured))
+        head = f'"triton": "{triton.__version__}", "columns": {json.dumps(COMPARED)}'
+        BASELINE.write_text(f'{{{head}, "launches": {{\n{rows}\n}}}}\n')
     print(f"{len(measured)} launches compiled in {time.time() - began:.0f} s, {failed} failed")
     return int(bool(failed))
+
+
+def read_baseline() -> dict[str, dict[str, int]]:
+    """What the baseline says of each launch; nothing under another release of Triton."""
+    found = json.loads(BASELINE.read_text())
+    if found["triton"] != triton.__version__:
+        return {}
+    return {key: dict(zip(found["columns"], row, strict=True)) for key, row in found["launches"].items()}
 
 
 def _rows(archs) -> set[tuple[int, str, str]]:

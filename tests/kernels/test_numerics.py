@@ -81,9 +81,7 @@ SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
 def test_layer_norm_drops_the_same_elements_forward_and_backward():
     x, zeros = torch.ones(67, 130), torch.zeros(67, 130)
     _, s, mean, rstd = layer_norm.forward(x, zeros, None, None, 1e-5, P, SEED)
-    dx, _, _, _ = layer_norm.backward(
-        zeros, x, s, None, mean, rstd, False, P, SEED, torch.float32, torch.float32
-    )
+    dx, _, _, _ = layer_norm.backward(zeros, x, s, None, mean, rstd, False, P, SEED, torch.float32, torch.float32)
     torch.testing.assert_close(dx, s, rtol=0, atol=0)
     assert sorted(s.unique().tolist()) == pytest.approx([0.0, 1 / (1 - P)])
     assert float((s == 0).double().mean()) == pytest.approx(P, abs=4 * (P * (1 - P) / s.numel()) ** 0.5)

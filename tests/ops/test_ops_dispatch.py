@@ -208,6 +208,23 @@ def test_on_a_gpu_our_kernels_wait_for_evidence(monkeypatch, tmp_path):
         assert len(op.why_not_default(ours, gpu)) == reasons
 
 
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_auto_on_a_gpu_is_pytorch_until_a_run_is_recorded(op, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    ready = [dataclasses.replace(i, unavailable=lambda device: []) for i in op.implementations]
+    monkeypatch.setattr(op, "implementations", ready)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_registry, "_evidence_records", lambda: ())
+
+    def chosen(setting):
+        return [i.backend for i in op.resolve(_registry.parse_setting(setting, _registry.AUTO), gpu, torch.bfloat16)]
+
+    assert chosen("auto") == ["torch"]
+    for implementation in op.implementations:
+        if "cuda" in implementation.devices:
+            assert chosen(implementation.backend) == [implementation.backend]
+
+
 def test_evidence_is_read_from_results_files(monkeypatch, tmp_path):
     record = {"op": "mlp", "backend": "cuda", "device": "cpu", "correct": True, "speedup": 1.0}
     folder = tmp_path / "benchmarks" / "results"

@@ -1,0 +1,125 @@
+"""Launches the kernels of one module on tensors that touch forbidden pages: whoever leaves its tensor dies of a signal.
+
+    TRITON_INTERPRET=1 python tests/kernels/guarded.py MODULE LAUNCHES [SEED]
+
+``test_bounds.py`` runs it in a process of its own. Prints how many launches there were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+import sys
+
+import mended_interpreter
+import torch
+
+from llmfast.kernels import causal_attention, common, layer_norm
+
+LIBC, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Guard:
+    """Draws cases, and makes tensors whose last (or first) byte touches a forbidden page."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.dtype = torch.float32
+        self.areas: list[mmap.mmap] = []  # unmapped when a case is over
+
+    def copy(self, t):
+        """A copy of t, guarded; contiguous."""
+        if t is None or not t.numel():
+            return t
+        flat = t.contiguous()
+        size = flat.numel() * flat.element_size()
+        pages = -(-size // PAGE)
+        area = mmap.mmap(-1, (pages + 2) * PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        for page in (0, pages + 1):
+            assert LIBC.mprotect(ctypes.c_void_p(start + page * PAGE), PAGE, 0) == 0
+        offset = PAGE + (pages * PAGE - size if self.rng.random() < 0.7 else 0)
+        self.areas.append(area)
+        return torch.frombuffer(area, dtype=flat.dtype, count=flat.numel(), offset=offset).view(flat.shape).copy_(flat)
+
+    def randn(self, *shape, dtype=None):
+        return self.copy(torch.randn(*shape).to(dtype or self.dtype))
+
+    def maybe(self, make):
+        return make() if self.rng.random() < 0.5 else None
+
+    def dropout(self):
+        return self.rng.choice(((0.0, None), (0.1, self.copy(torch.tensor([5]))[0])))
+
+    # What a wrapper allocates is guarded as well: this object stands in for its ``torch``.
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *shape, **options):
+        return self.copy(torch.full(shape, 7, **options))
+
+    def empty_like(self, t, **options):
+        return self.copy(torch.full_like(t.contiguous(), 7, **options))
+
+    def zeros(self, *shape, **options):
+        return self.copy(torch.zeros(*shape, **options))
+
+
+def run_layer_norm(guard):
+    N, C = guard.rng.choice((1, 2, 7, 9)), guard.rng.choice((1, 5, 16, 17, 63, 96))
+    p, seed = guard.dropout()
+    x, w, b = guard.randn(N, C), guard.randn(C), guard.randn(C)
+    residual = guard.maybe(lambda: guard.randn(N, C))
+    _, s, mean, rstd = layer_norm.forward(x, residual, w, b, 1e-5, p, seed)
+    ds = guard.maybe(lambda: guard.randn(N, C))
+    options = (w, mean, rstd, True, p, seed, guard.dtype, guard.dtype)
+    layer_norm.backward(guard.randn(N, C), ds, s, *options)
+
+
+def run_causal_attention(guard):
+    rng = guard.rng
+    B, H = rng.choice(((1, 1), (2, 1), (1, 2)))
+    D, Tk = rng.choice((8, 16, 24)), rng.choice((1, 3, 31, 32, 33))
+    Tq = rng.choice((Tk, 1, max(1, Tk // 2)))
+    p, seed = guard.dropout()
+    q, k, v, dout = (guard.randn(B, H, T, D) for T in (Tq, Tk, Tk, Tq))
+    lens = guard.maybe(lambda: guard.copy(torch.randint(0, Tk + 1, (B,))))
+    docs = guard.maybe(lambda: guard.copy(torch.randint(0, 2, (B, Tk)).sort().values))
+    out, lse = causal_attention.forward(q, k, v, 0.3, p, seed, lens, docs)
+    causal_attention.backward(dout, q, k, v, out, lse, 0.3, p, seed, lens, docs)
+
+
+MODULES = {"layer_norm": (layer_norm, run_layer_norm), "causal_attention": (causal_attention, run_causal_attention)}
+
+
+def main(name: str, count: int, seed: int = 0) -> None:
+    mended_interpreter.mend()
+    guard, launches = Guard(seed), 0
+    module, run = MODULES[name]
+    module.torch = guard
+    if name == "causal_attention":
+
+        def heads(q, T):
+            return guard.empty(q.shape[0], T, q.shape[1], q.shape[3], dtype=q.dtype).transpose(1, 2)
+
+        module._heads = heads
+    launch = common.Tuned.__call__
+
+    def counted(*args, **options):
+        nonlocal launches
+        launches += 1
+        return launch(*args, **options)
+
+    common.Tuned.__call__ = counted
+    while launches < count:
+        torch.manual_seed(guard.rng.randrange(1 << 30))
+        guard.dtype = guard.rng.choice(DTYPES)
+        run(guard)
+        guard.areas.clear()
+    print(launches)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
