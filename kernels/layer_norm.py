@@ -168,5 +168,5 @@ def backward(
         for share, total in zip(shares, (dw, db), strict=True):
             if share is not None and total is not None:
                 column_sum(share, total)
-    shaped = (None if g is None else g.view(s.shape) for g in (dx, dresidual))
-    return *shaped, dw, db
+    dx, dresidual = (None if g is None else g.view(s.shape) for g in (dx, dresidual))
+    return dx, dresidual, dw, db

@@ -17,10 +17,10 @@ from torch.autograd import forward_ad
 LIBRARY = Path(__file__).resolve().parents[1] / "_kernels.so"
 
 _NO_REASONS: list[str] = []
-_on_load: list[Callable[[], None]] = []
+_on_load: list[Callable[..., None]] = []
 
 
-def on_load(register: Callable[[], None]) -> Callable[[], None]:
+def on_load(register: Callable[..., None]) -> Callable[..., None]:
     """Decorator: ``register`` (fakes, autograd) runs once, right after the library is loaded."""
     _on_load.append(register)
     return register

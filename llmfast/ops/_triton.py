@@ -20,11 +20,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRET else ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_on_load: list[Callable[[str], None]] = []
+_on_load: list[Callable[..., None]] = []
 _library: Any = None
 
 
-def on_load(register: Callable[[str], None]) -> Callable[[str], None]:
+def on_load(register: Callable[..., None]) -> Callable[..., None]:
     """Decorator: ``register(NAMESPACE)`` (fakes, autograd) runs once, when the ops are there."""
     _on_load.append(register)
     return register
