@@ -337,7 +337,7 @@ _op = Op(
             _triton.DTYPES,
             _triton.unavailable,
             _triton_declines,
-            _triton.on_cpu,
+            _triton.interpreted,
         ),
         Implementation("torch", _torch, "PyTorch (SDPA)"),
     ],

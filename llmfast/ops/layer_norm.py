@@ -164,7 +164,7 @@ def triton_declines(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
 def triton_implementation(run: Callable[..., Any], declines: Callable[..., list[str]]) -> Implementation:
     """A kernel of kernels/ behind ``run``."""
     return Implementation(
-        "triton", run, "ours", _triton.DEVICES, _triton.DTYPES, _triton.unavailable, declines, _triton.on_cpu
+        "triton", run, "ours", _triton.DEVICES, _triton.DTYPES, _triton.unavailable, declines, _triton.interpreted
     )
 
 
