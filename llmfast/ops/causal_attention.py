@@ -8,6 +8,7 @@ where given). A query that sees no key gives zeros. B batch, H heads, Tq queries
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
