@@ -32,7 +32,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from train_step import cpu_name
+from train_step import provenance
 
 OURS = ("float32", "bfloat16", "int8")
 PROVIDERS = [
@@ -182,11 +182,8 @@ def compare(args: argparse.Namespace) -> None:
         print(f"{row}   {min(seconds[name]) * 1e3:.2f}-{max(seconds[name]) * 1e3:.2f}")
     if args.json:
         record = {
-            "schema": 1,
-            "command": f"benchmarks/decode.py --tokens {args.tokens} --turns {args.turns} --threads {args.threads}",
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-            "device": f"{cpu_name()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
+            **provenance(),
+            "threads": args.threads,
             "weight_bytes": {kind: weight_bytes(kind) for kind in OURS},
             "seconds": seconds,
             "median": median,
@@ -229,9 +226,8 @@ def perplexity(args: argparse.Namespace) -> None:
         result[kind] = math.exp(nats / (rounds * rows * T))
         print(f"{kind:9} perplexity {result[kind]:.4f}, {result[kind] / result['float32'] - 1:+.4%} beside float32")
     if args.json:
-        args.json.write_text(
-            json.dumps({"schema": 1, "perplexity": result, "tokens": rounds * rows * T}, indent=1) + "\n"
-        )
+        record = {**provenance(), "perplexity": result, "tokens": rounds * rows * T}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from train_step import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_FLAGS = (
@@ -110,6 +111,7 @@ def main() -> None:
     side.add_argument("--llmfast-only", action="store_true")
     parser.add_argument("--as-script", action="store_true", help="verdict: at the settings of the book's script")
     parser.add_argument("--bf16", action="store_true", help="llmfast in bfloat16 as well")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.flags = BOOK_SCRIPT if args.as_script else []
     peer = nanogpt if args.recipe == "shakespeare" else book
@@ -130,6 +132,9 @@ def main() -> None:
         print(f"mean of {len(args.seeds)}: {name:12}", *(f"{k} {v:.4g}" for k, v in row.items()), faster)
     if {"llmfast", "llmfast_bf16"} <= mean.keys():
         print(f"validation loss, bf16 - fp32: {mean['llmfast_bf16']['val'] - mean['llmfast']['val']:+.4f}")
+    if args.json:
+        record = {**provenance(), "seeds": args.seeds, "results": results, "mean": mean}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -187,6 +187,21 @@ def versions() -> dict[str, str]:
     return found
 
 
+def provenance() -> dict[str, Any]:
+    """What a recorded run was: the command, the day, the commit, the machine and the versions."""
+    here = Path(__file__).resolve().parent
+    describe = ["git", "-C", str(here), "describe", "--always", "--dirty=-dirty", "--abbrev=12"]
+    return {
+        "schema": 1,
+        "command": " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": str(date.today()),
+        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "versions": versions(),
+        "torch": versions().get("torch"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="30m")
@@ -241,17 +256,9 @@ def main() -> None:
         verdict = "met" if row["met"] else "NOT MET"
         print(f"{row['what']:60} {row['ratio']:6.2f}   target {row['target']:<5} {verdict}")
     if args.json:
-        here = Path(__file__).resolve().parent
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=-dirty", "--abbrev=12"]
         record = {
-            "schema": 1,
-            "command": " ".join(["benchmarks/train_step.py", *sys.argv[1:]]),
-            "date": str(date.today()),
-            "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-            "device": f"{cpu_name()}, {os.cpu_count()} cores",
+            **provenance(),
             "isa": args.isa or "best",
-            "versions": versions(),
-            "torch": versions().get("torch"),
             "tokens": shape.tokens,
             "seconds": {name: [round(t, 6) for t in values] for name, values in seconds.items()},
             "disturbed": {name: len(samples[name]) - len(quiet[name]) for name in samples},
