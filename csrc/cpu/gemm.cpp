@@ -14,8 +14,7 @@ namespace llmfast::cpu {
 namespace {
 
 constexpr int64_t kUnits = 1024;                    // of a K block: a panel of it stays in the second cache
-constexpr int64_t kShortUnits = 128;                // the same where C is small: there, a library sums in short chains too
-constexpr int64_t kSmallC = 1 << 14;
+constexpr int64_t kSmallC = 1 << 14;                // below, blocks are short: there, a library sums in short chains too
 constexpr int64_t kColumns = 64;                    // of a task that packs its own B, or one panel
 constexpr int64_t kRows = 1020;                     // of A, in the third cache while the columns go by
 constexpr int64_t kPackedRows = 96;                 // of A, packed for the second cache
@@ -34,7 +33,7 @@ struct Plan {
 
   Plan(const Product& product, const GemmKernels& kind) : p(product), kernels(kind) {
     const int64_t units = std::max<int64_t>(ceil_div(p.K, kernels.depth), 1);
-    const int64_t longest = p.M * p.N <= kSmallC ? kShortUnits : kUnits;
+    const int64_t longest = p.M * p.N <= kSmallC ? kernels.short_units : kUnits;
     deep = round_up(ceil_div(units, ceil_div(units, longest)), 16) * kernels.depth;
     k_blocks = std::max<int64_t>(ceil_div(p.K, deep), 1);
     threads = std::clamp<int64_t>(p.M * p.N * p.K / kMacsPerThread, 1, torch::stable::get_num_threads());

@@ -21,6 +21,7 @@ struct GemmKernels {
   int64_t panel;      // columns of a packed panel of B
   int64_t tile_rows;
   int64_t depth;
+  int64_t short_units;  // of a block of K where C is small
   bool (*in_place)(const Operand& a, int64_t K);  // A needs no packing
   // op(A) rows [m0, m0 + rows) of M, into room for `rows` rounded up to whole tiles.
   void (*pack_a)(const Operand& a, int64_t M, int64_t m0, int64_t rows, int64_t k0, int64_t kc, uint32_t* to);

@@ -285,7 +285,7 @@ class Op:
 
     def why_not_default(self, implementation: Implementation, device: torch.device) -> list[str]:
         """Evidence before default: on a GPU, ours is a default only where a recorded run shows it right and as fast;
-        on a CPU, where it runs on vectors (measured: without, PyTorch's own is ahead in every op)."""
+        on a CPU, where it runs on vectors (measured: without, PyTorch's own is nearly always ahead)."""
         if implementation.by == "ours" and device.type == "cpu" and _library.without_vectors():
             return ["the kernels run without AVX2 or AVX-512 here, where PyTorch's own are faster"]
         if implementation.by != "ours" or device.type != "cuda" or evidence(self.name, implementation.backend, device):

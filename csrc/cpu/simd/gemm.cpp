@@ -64,11 +64,18 @@ void multiply(const Operand& a, const uint32_t* packed_a, const uint32_t* panels
   }
 }
 
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr int64_t kShortUnits = 128;
+#else
+constexpr int64_t kShortUnits = 32;  // every term is rounded twice
+#endif
+
 template <typename Unit>
 constexpr GemmKernels kernels() {
   return {kPanel,
           kTileRows,
           Unit::depth,
+          kShortUnits,
           in_place<Unit>,
           [](const Operand& a, int64_t M, int64_t m0, int64_t rows, int64_t k0, int64_t kc, uint32_t* to) {
             (a.dtype == Dtype::f32 ? pack_a<Unit, float> : pack_a<Unit, uint16_t>)(a, M, m0, rows, k0, kc, to);
