@@ -164,19 +164,34 @@ class CachedReader(Reader):
     def read(self, rows: list[Row]) -> Tensor:
         cache, block_size = self.cache, self.model.config.block_size
         read = [0 if row.slide(block_size) else n for row, n in zip(rows, cache.lengths, strict=True)]
+        lengths = [len(row.tokens) - row.start - 1 for row in rows]
         if not any(read):
             cache.set_lengths(read)
-            return self.model.lm_head(self._read_windows([row.window for row in rows], cache))
-        lengths = [len(row.tokens) - row.start - 1 for row in rows]
-        for place, row in enumerate(rows):
-            if read[place] < lengths[place]:  # it slid: its window is read again, up to the last token
-                self._read_windows([row.window[:-1]], cache.row(place))
+            logits = self._read_prompts([row.window for row in rows])
+            if logits is not None:
+                return logits
+        else:
+            for place, row in enumerate(rows):
+                if read[place] < lengths[place]:  # it slid: its window is read again, up to the last token
+                    self._read_windows([row.window[:-1]], cache.row(place))
         cache.set_lengths(lengths)
         tokens = [row.tokens[-1] for row in rows]
         if self.native is not None:
             return self.native(tokens, cache)
         idx = torch.tensor(tokens, device=cache.storage.device)[:, None]
         return self.model.lm_head(self.model.hidden_states(idx, cache=cache)[:, 0])
+
+    def _read_prompts(self, windows: list[list[int]]) -> Tensor | None:
+        """Fill the empty cache. Logits of the last tokens, or None where these are left to the native step."""
+        width = max(map(len, windows)) - 1
+        if self.native is not None and width <= self.native.short_prompt:
+            for t in range(width):  # a shorter window is padded, as in a forward pass
+                self.native([window[t] if t < len(window) else 0 for window in windows], self.cache)
+        elif self.native is not None and isinstance(self.model, Int8GPT):  # a pass makes a float copy of the head, too
+            self._read_windows([window[:-1] for window in windows], self.cache)
+        else:
+            return self.model.lm_head(self._read_windows(windows, self.cache))
+        return None
 
     def drop(self, place: int) -> None:
         self.cache.drop(place)

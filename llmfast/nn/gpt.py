@@ -139,6 +139,7 @@ class GPT(nn.Module):
         logits = head(x) if targets is None or return_logits else None
         if targets is None:
             return logits, None
+        head_weight = self.head_weight if head_weight is None else head_weight
         return logits, ops.linear_cross_entropy(x, head_weight, targets, bias=head.bias, reduction=reduction)
 
     def hidden_states(self, idx: Tensor, *, cache: KVCache | None = None) -> Tensor:
@@ -148,8 +149,8 @@ class GPT(nn.Module):
         """
         return self._read(idx, cache)[0]
 
-    def _read(self, idx: Tensor, cache: KVCache | None, doc_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(hidden states, weight of the output head as the loss has to use it)."""
+    def _read(self, idx: Tensor, cache: KVCache | None, doc_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(hidden states, weight of the output head as the loss has to use it; None: as it is)."""
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self._read(idx, cache, doc_ids)
@@ -180,16 +181,19 @@ class GPT(nn.Module):
             raise ValueError(f"idx holds {idx.shape[1]} tokens, block_size is {self.config.block_size}")
         return idx.shape[1]
 
-    def _embed(self, idx: Tensor, cache: KVCache | None, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        wte: Tensor = self.transformer.wte.weight
+    def _embed(self, idx: Tensor, cache: KVCache | None, doc_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         wpe: Tensor = self.transformer.wpe.weight
+        head_weight = None
         if doc_ids is not None:
-            x, head_weight = token_rows(idx, wte) + F.embedding(document_positions(doc_ids), wpe), self.head_weight
-        elif cache is None:
-            x, head_weight = embed(idx, wte, wpe, self.head_weight)
+            x = self._token_rows(idx) + F.embedding(document_positions(doc_ids), wpe)
+        elif cache is not None:
+            x = self._token_rows(idx) + wpe[cache.positions(*idx.shape)]
         else:
-            x, head_weight = token_rows(idx, wte) + wpe[cache.positions(*idx.shape)], self.head_weight
+            x, head_weight = embed(idx, self.transformer.wte.weight, wpe, self.head_weight)
         return ops.dropout(x, self.config.dropout if self.training else 0.0), head_weight
+
+    def _token_rows(self, idx: Tensor) -> Tensor:
+        return token_rows(idx, self.transformer.wte.weight)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``directory`` (made if missing).

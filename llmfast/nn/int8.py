@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmfast.config import GPTConfig
 from llmfast.errors import UserError
+from llmfast.nn.embedding import token_rows
 from llmfast.nn.gpt import GPT
 from llmfast.nn.layers import Linear
 
@@ -34,8 +35,8 @@ class Int8Matrix(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as float, made anew at each access."""
-        return self.quantized * self.scale[:, None]
+        """The matrix as float, made anew at each access: one product's operand at a time, never a model's whole."""
+        return self.quantized.float().mul_(self.scale[:, None])
 
 
 class Int8Linear(Int8Matrix):
@@ -56,7 +57,7 @@ class Int8Embedding(Int8Matrix):
         super().__init__(embedding.weight)
 
     def forward(self, idx: Tensor) -> Tensor:
-        return self.quantized[idx] * self.scale[idx, None]
+        return token_rows(idx, self.quantized) * self.scale[idx, None]
 
 
 class Int8GPT(GPT):
@@ -70,6 +71,9 @@ class Int8GPT(GPT):
         if self.config.tie_embeddings and isinstance(self.lm_head, Int8Linear):
             wte: Int8Embedding = self.transformer.wte  # type: ignore[assignment]
             self.lm_head.quantized, self.lm_head.scale = wte.quantized, wte.scale
+
+    def _token_rows(self, idx: Tensor) -> Tensor:
+        return self.transformer.wte(idx)
 
     def num_parameters(self) -> int:
         matrices = {m.quantized.data_ptr(): m.quantized.numel() for m in self.modules() if isinstance(m, Int8Matrix)}

@@ -119,9 +119,15 @@ def test_bits_depend_on_neither_threads_nor_neighbours(kind):
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
-def test_greedy_ids_are_those_of_the_ordinary_path_at_any_length(kind):
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [[1, 2, 3], [5] * 60, list(range(40)), [7]],  # rows of different length, and windows that slide
+        [[1, 2, 3], [7]],  # read by steps
+    ],
+)
+def test_greedy_ids_are_those_of_the_ordinary_path_at_any_length(kind, prompts):
     model = small(kind)
-    prompts = [[1, 2, 3], [5] * 60, list(range(40)), [7]]  # rows of different length, and windows that slide
     ours = generate_ids(model, prompts, max_new_tokens=50, temperature=0)
     with use_backend("torch"):
         assert native.step_of(model, 4, 50) is None
@@ -133,7 +139,7 @@ def test_generation_takes_the_native_step_alone(monkeypatch):
     call = native.NativeStep.__call__
     monkeypatch.setattr(native.NativeStep, "__call__", lambda *a: steps.append(1) or call(*a))
     generate_ids(model, [[1, 2]], max_new_tokens=20, temperature=0)
-    assert len(steps) == 19  # the first id comes from reading the prompt
+    assert len(steps) == 1 + 20  # a short prompt is read by steps, too
 
 
 def test_huge_pages_change_nothing():
