@@ -84,8 +84,8 @@ def _split(name: str) -> tuple[str, str]:
 
 def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
     """model.pth, a state_dict that ``GPTModel(config).load_state_dict`` takes, and its configuration in config.json."""
-    options = dict(lm_head_bias=False, attn_out_proj=True, layer_norm_eps=1e-5, activation="gelu_tanh")
-    need(config, "the book's GPTModel", **options)
+    options = dict(lm_head_bias=False, attn_out_proj=True, layer_norm_eps=1e-5)
+    need(config, "the book's GPTModel", activation="gelu_tanh", **options)
     need_default_scale(config, "the book's GPTModel")
     state = with_biases(config, weights, qkv=config.has_qkv_bias)
     mask = torch.ones(config.block_size, config.block_size).triu(1)

@@ -49,8 +49,8 @@ def read(source: Source) -> Model:
 
 def write(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
     """ckpt.pt with a fresh optimizer's state: ``sample.py`` and ``train.py --init_from=resume`` take it."""
-    options = dict(tie_embeddings=True, lm_head_bias=False, attn_out_proj=True, layer_norm_eps=1e-5, activation="gelu")
-    need(config, "nanoGPT", **options)
+    options = dict(tie_embeddings=True, lm_head_bias=False, attn_out_proj=True, layer_norm_eps=1e-5)
+    need(config, "nanoGPT", activation="gelu", **options)
     need_default_scale(config, "nanoGPT")
     if config.has_qkv_bias and not config.bias:
         raise UserError("nanoGPT cannot hold this model: qkv_bias is True where bias is False")

@@ -32,9 +32,8 @@ def read_torch(path: Path) -> tuple[Any, bool]:
     Nothing but tensors and plain values is built: a file that asks for anything else is refused by name before it is
     loaded. Raises ``UserError`` for such files and for damaged ones.
     """
-    mapped = zipfile.is_zipfile(path)
     try:
-        if mapped:
+        if mapped := zipfile.is_zipfile(path):
             _check_zip(path)
         else:  # before PyTorch 1.6
             with path.open("rb") as file:

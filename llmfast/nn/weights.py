@@ -176,7 +176,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             for name, entry in header.items()
         }
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
     except KeyError as error:
         raise UserError(f"{path} holds tensors of type {error}, which no model has") from None
 

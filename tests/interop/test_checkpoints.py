@@ -121,7 +121,7 @@ def test_a_wrong_answer_is_refused(shared, tmp_path):
     shutil.copy(shared / "book-gptmodel/model.pth", tmp_path)
     with pytest.raises(UserError, match="n_embd 64 is not a multiple of n_head 5"):
         GPT.from_pretrained(tmp_path, n_head=5)
-    with pytest.raises(UserError, match="n_head 2: .* has 4 heads"):
+    with pytest.raises(UserError, match=r"n_head 2: .* has 4 heads"):
         GPT.from_pretrained(shared / "train-llm-from-scratch", n_head=2)
     with pytest.raises(UserError, match="n_layer of a saved model cannot be overridden"):
         GPT.from_pretrained(shared / "hf-gpt2", n_layer=1)
