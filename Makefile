@@ -14,7 +14,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  format the code"
-	@echo "make fuzz    many random cases of every op against float64 (CASES=2000 SEED=0 ISA=best)"
+	@echo "make fuzz    many random cases of every op against float64 (SEED=0 CASES=2000 ISA=best),"
+	@echo "             and 5000 damaged checkpoints of every format; FUZZ=ops or FUZZ=formats for one of them"
 	@echo "make bench   whole training steps beside eager PyTorch and, with LLMFAST_PEERS, the peers"
 	@echo "make clean   remove everything that was built"
 
@@ -50,11 +51,12 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
 
-CASES ?= 2000
+FUZZ ?= ops formats
 SEED ?= 0
 ISA ?= best
 fuzz: $(VENV)/ready
-	$(BIN)/python -m tests.ops.fuzz --cases $(CASES) --seed $(SEED) --isa $(ISA)
+	$(if $(filter ops,$(FUZZ)),$(BIN)/python -m tests.ops.fuzz --cases $(or $(CASES),2000) --seed $(SEED) --isa $(ISA))
+	$(if $(filter formats,$(FUZZ)),$(BIN)/python tests/interop/format_fuzz.py --cases $(or $(CASES),5000) --seed $(SEED))
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py

@@ -2,6 +2,7 @@
 
 from llmfast.checkpoint.find import (
     find_checkpoint,
+    is_adapter,
     load_model,
     load_tokenizer_of,
     load_training_state,
@@ -15,6 +16,7 @@ from llmfast.checkpoint.save import remove_stale, save_checkpoint
 __all__ = [
     "capture_rng",
     "find_checkpoint",
+    "is_adapter",
     "load_model",
     "load_tokenizer_of",
     "load_training_state",

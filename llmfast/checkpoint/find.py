@@ -102,6 +102,11 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
     return path
 
 
+def is_adapter(found: Path) -> bool:
+    """Whether what ``find_checkpoint`` found is an adapter alone."""
+    return (found / layout.ADAPTER_FILE).exists()
+
+
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **overrides: Any
 ) -> Any:
@@ -113,7 +118,7 @@ def load_model(
     from llmfast.nn import GPT, GPTForClassification
 
     found = find_checkpoint(path)
-    if (found / layout.ADAPTER_FILE).exists():
+    if is_adapter(found):
         model = _load_adapted(found, overrides)
     elif description_of(found).get("labels"):
         model = GPTForClassification.from_pretrained(found, **overrides)
@@ -130,12 +135,14 @@ def _load_adapted(path: Path, overrides: dict[str, Any]) -> Any:
     where = adapter.read_config(path).get("base_model_name_or_path")
     if not where:
         raise UserError(f"{path / adapter.CONFIG_FILE} names no base: set base_model_name_or_path to its checkpoint")
-    if not Path(where).exists():
+    try:
+        base = find_checkpoint(where)
+    except UserError as error:
         raise UserError(
-            f"{path} is an adapter, and its base {where} is not there: move it back, or name where it is now as "
-            f"base_model_name_or_path in {adapter.CONFIG_FILE}"
-        )
-    model = load_model(where, **overrides)
+            f"{path} is an adapter, and its base {where} cannot be had ({error}): move it back, or name where it is "
+            f"now as base_model_name_or_path in {adapter.CONFIG_FILE}"
+        ) from None
+    model = load_model(base, **overrides)
     wanted = (described.get("base") or {}).get("sha256")
     if wanted and adapter.weights_sha256(model) != wanted:
         raise UserError(f"{where} is not the base that the adapter {path} was trained on: its weights differ")
@@ -154,10 +161,16 @@ def description_of(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer_of(path: str | Path) -> Tokenizer | None:
-    """The tokenizer saved with a run or checkpoint, or that goes with another program's, or None."""
+    """The tokenizer saved with a run or checkpoint, or that goes with another program's, or None; an adapter that
+    brings none has its base's."""
     found = find_checkpoint(path)
     if (found / TOKENIZER_FILE).exists():
         return load_tokenizer(found)
+    if is_adapter(found):
+        from llmfast.nn import adapter
+
+        base = adapter.read_config(found).get("base_model_name_or_path")
+        return load_tokenizer_of(base) if base else None
     from llmfast import interop
 
     return interop.load_tokenizer(found)

@@ -110,7 +110,10 @@ class OpenModel:
 
     def need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError(f"{self.path} holds no tokenizer, so that it takes and gives token ids only")
+            raise UserError(
+                f"{self.path} holds no tokenizer, so that it takes and gives token ids only; llmfast convert "
+                f"{self.path} OUT --tokenizer NAME makes a copy that has one"
+            )
         return self.tokenizer
 
 

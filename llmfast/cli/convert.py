@@ -15,7 +15,12 @@ from llmfast.errors import UserError
 class Options:
     """Options of ``llmfast convert``."""
 
-    src: str = field(metadata={"positional": True, "help": "a run, a checkpoint, or another program's file or folder"})
+    src: str = field(
+        metadata={
+            "positional": True,
+            "help": "a run, a checkpoint, or another program's file or folder; adapters are merged",
+        }
+    )
     dst: str = field(metadata={"positional": True, "help": "the folder to write"})
     to: Literal["llmfast", "hf", "nanogpt", "llmc", "book", "tlfs", "gguf"] = option(
         "llmfast", "whose format: llmfast's, Hugging Face's, nanoGPT's, llm.c's, the book's, train-llm-from-scratch's"
@@ -35,16 +40,22 @@ def run(options: Options) -> int:
     import torch
 
     from llmfast import interop
-    from llmfast.checkpoint import find_checkpoint
+    from llmfast.checkpoint import find_checkpoint, is_adapter, load_model, load_tokenizer_of
     from llmfast.tokenizer import load_tokenizer
 
     overrides = dict(_setting(word) for word in options.set)
+    source = find_checkpoint(options.src)
+    tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
+    model: Any = source
+    if is_adapter(source):  # merged into its base
+        model = load_model(source, **overrides)
+        tokenizer, overrides = tokenizer or load_tokenizer_of(source), {}
     path = interop.convert(
-        find_checkpoint(options.src),
+        model,
         options.dst,
         options.to,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
-        tokenizer=None if options.tokenizer is None else load_tokenizer(options.tokenizer),
+        tokenizer=tokenizer,
         **overrides,
     )
     files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llmfast.errors import UserError
 from llmfast.interop.crc32c import crc32c, unmask
 from llmfast.interop.source import Model, Source, read_json
-from llmfast.nn.weights import Stored, Weights, map_file, typed
+from llmfast.nn.weights import SHOWN, Stored, Weights, map_file, typed
 
 logger = logging.getLogger("llmfast")
 
@@ -105,7 +107,8 @@ def read_bundle(index: Path) -> dict[str, Tensor]:
         raise UserError(f"{index} is damaged: {error}") from None
     data: dict[int, tuple[Path, torch.UntypedStorage]] = {}
     tensors = {}
-    for name, entry in parsed.items():
+    quiet = sum(entry.size for entry in parsed.values()) < SHOWN or not sys.stderr.isatty()
+    for name, entry in tqdm(parsed.items(), desc="checking", unit=" tensors", leave=False, disable=quiet):
         if entry.dtype not in _DTYPES:
             if name.startswith("model/"):
                 raise UserError(f"{index}: {name} has TensorFlow's type {entry.dtype}, which no model has")

@@ -17,7 +17,8 @@ from llmfast.errors import UserError
 from llmfast.interop import book, gguf, huggingface, llmc, nanogpt, tlfs
 from llmfast.interop.reading import load
 from llmfast.interop.tokenizers import load_tokenizer
-from llmfast.nn import pretrained
+from llmfast.nn import GPT, pretrained
+from llmfast.nn.lora import lora_layers
 from llmfast.tokenizer import Tokenizer
 
 Format = Literal["llmfast", "hf", "nanogpt", "llmc", "book", "tlfs", "gguf"]
@@ -42,7 +43,7 @@ WRITERS: dict[str, Writer] = {
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | GPT,
     destination: str | Path,
     to: Format = "llmfast",
     *,
@@ -50,24 +51,26 @@ def convert(
     tokenizer: Tokenizer | None = None,
     **overrides: Any,
 ) -> Path:
-    """Write the model at ``source`` into the new folder ``destination`` in another program's format.
+    """Write ``source`` into the new folder ``destination`` in another program's format.
 
-    The weights keep their type unless ``dtype`` is given; the tokenizer is the source's own unless one is given, and
-    goes along as ``llmfast_tokenizer.json`` and, where the program has files for it, in those. ``overrides`` as in
-    ``load``. The folder appears whole or not at all. Raises ``UserError``, also for what the program cannot express.
+    ``source``: a checkpoint, whoever wrote it, or a model in memory. The weights keep their type unless ``dtype`` is
+    given. The tokenizer is the source's own unless one is given, and goes along as ``llmfast_tokenizer.json`` and,
+    where the program has files for it, in those. ``overrides`` as in ``load``. The folder appears whole or not at
+    all. Raises ``UserError``, also for what the program cannot express.
     """
     destination = Path(destination)
     if destination.suffix in _FILE_SUFFIXES:
         raise UserError(f"{destination}: name the folder to write, the file in it has the name that {to} gives it")
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise UserError(f"{destination} is there already: choose another place")
-    config, weights = load(source, **overrides)
-    tokenizer = tokenizer or load_tokenizer(source)
+    config, weights = _in_memory(source) if isinstance(source, GPT) else load(source, **overrides)
+    if tokenizer is None and not isinstance(source, GPT):
+        tokenizer = load_tokenizer(source)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size:,} ids and {source} {config.vocab_size:,}: it is another model's"
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and the model {config.vocab_size:,}: it is another model's"
         )
-    building = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    building = destination.resolve().with_name(f".{destination.resolve().name}.{os.getpid()}.partial")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         building.mkdir()
@@ -81,6 +84,17 @@ def convert(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return destination
+
+
+def _in_memory(model: GPT) -> tuple[GPTConfig, dict[str, Tensor]]:
+    if hasattr(model, "score"):
+        raise UserError("this is a classifier: other programs' formats hold language models")
+    if lora_layers(model):
+        raise UserError("the model has adapters: merge them first (llmfast.nn.merge_lora)")
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    return model.config, state
 
 
 class _Cast(Mapping[str, Tensor]):

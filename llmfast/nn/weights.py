@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from llmfast.config import GPTConfig
 from llmfast.errors import UserError
+from llmfast.ops import release_freed_memory
 
 PIECE = 16 << 20  # bytes copied before their pages are given back
 SHOWN = 200 << 20  # a bar for what takes a moment
@@ -101,6 +102,8 @@ class Weights(Mapping[str, Tensor]):
             start += len(view)
         if not self.mapped:
             del self.stored[name]
+            if parameter.nbytes >= PIECE // 16:
+                release_freed_memory()
 
     def release(self, view: Tensor) -> None:
         """Give back the pages behind a view, where it is one; its values are read again when they are needed."""

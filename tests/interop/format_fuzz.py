@@ -307,10 +307,9 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return (
-            f"{self.name:<12}{self.counts.total():>6} cases{self.counts['model']:>6} models{self.counts['error']:>6} errors"
-            f"   slowest {self.slowest:5.2f} s   most memory {self.memory / 1e6:6.1f} MB   {len(self.wrong)} wrong"
-        )
+        counts = f"{self.counts.total():>6} cases{self.counts['model']:>6} models{self.counts['error']:>6} errors"
+        most = f"slowest {self.slowest:5.2f} s   most memory {self.memory / 1e6:6.1f} MB"
+        return f"{self.name:<12}{counts}   {most}   {len(self.wrong)} wrong"
 
 
 def mutate(name: str, seed: int, case: int, original: Path, folder: Path) -> str:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tensorflow_bundle
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmfast import GPT, GPTConfig, interop
-import tensorflow_bundle
 
 SHAPE: dict[str, Any] = dict(vocab_size=53, block_size=13, n_layer=2, n_head=3, n_embd=24, activation="gelu_tanh")
 TLFS = dict(activation="relu", qkv_bias=False, tie_embeddings=False, lm_head_bias=True, init="pytorch")
@@ -36,16 +36,16 @@ def written(to: str, folder: Path, **options: Any) -> Path:
     return interop.convert(source, folder, to)  # type: ignore[arg-type]
 
 
-def _hugging_face_state(folder: Path) -> dict[str, Tensor]:
-    written("hf", folder)
+def _hugging_face_state(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    written("hf", folder, **options)
     file = folder / "model.safetensors"
     state = load_file(file)
     file.unlink()
     return state
 
 
-def _sharded(folder: Path) -> None:
-    state = _hugging_face_state(folder)
+def _sharded(folder: Path, **options: Any) -> None:
+    state = _hugging_face_state(folder, options)
     names = sorted(state)
     index = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
@@ -55,14 +55,14 @@ def _sharded(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def _bin(folder: Path, zipped: bool) -> None:
-    state = _hugging_face_state(folder)
+def _bin(folder: Path, zipped: bool, options: dict[str, Any]) -> None:
+    state = _hugging_face_state(folder, options)
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
 
 
-def _tensorflow(folder: Path) -> None:
+def _tensorflow(folder: Path, **options: Any) -> None:
     folder.mkdir()
-    made = model()
+    made = model(**options)
     tensors = {}
     for name, t in made.state_dict().items():
         if name == "lm_head.weight":
@@ -75,19 +75,26 @@ def _tensorflow(folder: Path) -> None:
             parts[-1] = {"weight": "w" if matrix else "g", "bias": "b"}[parts[-1]]
         tensors["model/" + "/".join(parts)] = (t.T[None] if matrix else t).numpy()
     tensorflow_bundle.write(folder, tensors)
-    hparams = {"n_vocab": 53, "n_ctx": 13, "n_embd": 24, "n_head": 3, "n_layer": 2}
+    names = {
+        "n_vocab": "vocab_size",
+        "n_ctx": "block_size",
+        "n_embd": "n_embd",
+        "n_head": "n_head",
+        "n_layer": "n_layer",
+    }
+    hparams = {theirs: getattr(made.config, ours) for theirs, ours in names.items()}
     (folder / "hparams.json").write_text(json.dumps(hparams))
 
 
-FORMATS: dict[str, Callable[[Path], Any]] = {
-    "llmfast": lambda folder: model().save_pretrained(folder),
+FORMATS: dict[str, Callable[..., Any]] = {  # (folder, options of the model)
+    "llmfast": lambda folder, **options: model(**options).save_pretrained(folder),
     "openai-tf": _tensorflow,
-    "hf": lambda folder: written("hf", folder),
+    "hf": lambda folder, **options: written("hf", folder, **options),
     "hf-sharded": _sharded,
-    "hf-bin": lambda folder: _bin(folder, True),
-    "hf-bin-old": lambda folder: _bin(folder, False),
-    "nanogpt": lambda folder: written("nanogpt", folder),
-    "llmc": lambda folder: written("llmc", folder),
-    "book": lambda folder: written("book", folder),
-    "tlfs": lambda folder: written("tlfs", folder, **TLFS),
+    "hf-bin": lambda folder, **options: _bin(folder, True, options),
+    "hf-bin-old": lambda folder, **options: _bin(folder, False, options),
+    "nanogpt": lambda folder, **options: written("nanogpt", folder, **options),
+    "llmc": lambda folder, **options: written("llmc", folder, **options),
+    "book": lambda folder, **options: written("book", folder, **options),
+    "tlfs": lambda folder, **options: written("tlfs", folder, **TLFS, **options),
 }
