@@ -43,7 +43,7 @@ def read(source: Source) -> Model:
     )
     arguments = source.extra.get("model_args", source.config)
     if not isinstance(arguments, dict):
-        raise UserError(f"{source.path}: model_args is {arguments!r}")
+        raise UserError(f"{source.path}: model_args is a {type(arguments).__name__}, not a dictionary")
     return Model(values, stored, arguments, _ALIASES, {"n_head": "the number of heads leaves no trace in weights"})
 
 

@@ -69,6 +69,8 @@ def find(path: str | Path) -> Path:
         return _find_in(path)
     if path.name == "checkpoint":
         return _find_in(path.parent)
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file")
     if path.name.endswith(".index.json") or path.suffix in (".index", ".safetensors"):
         return path
     if path.with_suffix(".index").is_file():  # model.ckpt.meta, model.ckpt.data-00000-of-00001
@@ -205,6 +207,10 @@ def _reader(source: Source) -> Callable[[Source], Model]:
     raise UserError(f"{source.path} holds no GPT-2 that llmfast knows: it begins with {', '.join(list(names)[:3])}")
 
 
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float, type(None))) and (not isinstance(value, int) or abs(value) < 1 << 63)
+
+
 def _configuration(source: Source, model: Model, overrides: dict[str, Any]) -> GPTConfig:
     """What the tensors tell, what stands beside them, and what the user says, in agreement."""
     values = dict(model.values)
@@ -212,6 +218,8 @@ def _configuration(source: Source, model: Model, overrides: dict[str, Any]) -> G
         if name not in model.settings:
             continue
         value = model.settings[name]
+        if not _is_plain(value):
+            raise UserError(f"{source.path}: its {name} is no number, text or truth value of a sensible size")
         if option in values and values[option] != value:
             beside = source.config_file if model.settings is source.config else source.path
             raise UserError(f"{beside}: {name} is {value!r}, but the tensors of {source.path} have {values[option]}")

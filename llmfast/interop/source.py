@@ -102,7 +102,8 @@ def state_dict(values: Any, path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in values.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path} is no state_dict: {str(name)[:80]!r} is no tensor")
+            key = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise UserError(f"{path} is no state_dict: under {key} stands a {type(tensor).__name__}")
         while name.startswith(WRAPPERS):
             name = name.partition(".")[2]
         tensors[name] = tensor

@@ -104,6 +104,13 @@ FLAGS = {
     "run in the way": ("pretrain --data {home}/shards --out {home}/run", "already holds a run"),
     "id outside the tokenizer": ("tokenizer decode 999 --tokenizer byte", "token id 999"),
     "no such tokenizer file": ("tokenizer show --tokenizer {x}/none.json", "unknown tokenizer"),
+    "copy over something": ("convert {home}/run {home}", "{home} is there already: choose another place"),
+    "copy into a file": ("convert {home}/run {x}/m.bin --to llmc", "name the folder to write"),
+    "setting without a value": ("convert {home}/run {x}/out --set n_head", "expected NAME=VALUE, such as n_head=12"),
+    "setting that there is not": ("convert {home}/run {x}/out --set heads=3", "heads of a saved model cannot be"),
+    "unknown format": ("convert {home}/run {x}/out --to onnx", "onnx"),
+    "program that cannot hold it": ("convert {home}/run {x}/out --to tlfs", "and it has relu only"),
+    "copy of what is no checkpoint": ("convert {home}/text.txt {x}/out", "is no checkpoint that llmfast knows"),
     "address for a path": (
         "prepare https://example.org/a.txt --out {x}/out",
         "https://example.org/a.txt is an address",

@@ -332,7 +332,7 @@ def attempt(path: Path) -> str:
             model(torch.zeros(1, 1, dtype=torch.int64))
     except UserError as error:
         text = str(error)
-        return "error" if text and "\n" not in text and len(text) < 2000 else f"not one clear line: {text[:300]!r}"
+        return "error" if text and "\n" not in text and len(text) < 10_000 else f"not one clear line: {text[:300]!r}"
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
     return "model"
