@@ -317,7 +317,7 @@ def mutate(name: str, seed: int, case: int, original: Path, folder: Path) -> str
     shutil.copytree(original, folder)
     rng = random.Random(f"{seed} {name} {case}")
     files = sorted(path for path in folder.iterdir() if path.stat().st_size)
-    weights = [max(1, min(4, path.stat().st_size // 1000)) for path in files]
+    weights = [4 if path.suffix == ".index" else max(1, min(4, path.stat().st_size // 1000)) for path in files]
     (file,) = rng.choices(files, weights)
     change = replaced if rng.random() < 0.03 else rng.choice(mutations(file))
     change(rng, file)

@@ -38,7 +38,7 @@ def tagged(number: int, value: int | bytes) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def entry(shape: tuple[int, ...], offset: int, data: bytes, *, dtype: int = FLOAT, **changed: int) -> bytes:
+def entry(shape: tuple[int, ...], offset: int, data: bytes, /, *, dtype: int = FLOAT, **changed: int) -> bytes:
     """A BundleEntryProto; ``changed`` may lie about shard, offset and size."""
     dims = b"".join(tagged(2, tagged(1, n)) for n in shape)
     numbers = {"shard": 0, "offset": offset, "size": len(data), **changed}

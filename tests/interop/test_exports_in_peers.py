@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -31,20 +31,20 @@ def ids() -> torch.Tensor:
     return torch.randint(SHAPE["vocab_size"], (2, 11), generator=torch.Generator().manual_seed(3))
 
 
-def peer(name: str, *path: str) -> ModuleType:
-    """A module out of a peer's repository."""
-    if "LLMFAST_PEERS" not in os.environ:
-        pytest.skip("LLMFAST_PEERS names no folder of peers' repositories")
-    file = Path(os.environ["LLMFAST_PEERS"], *path)
-    if not file.is_file():
-        pytest.skip(f"LLMFAST_PEERS has no {'/'.join(path)}")
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def peer(monkeypatch) -> Callable[[str, str], ModuleType]:
+    """A module out of a peer's repository, found in a folder of it."""
+
+    def imported(folder: str, name: str) -> ModuleType:
+        if "LLMFAST_PEERS" not in os.environ:
+            pytest.skip("LLMFAST_PEERS names no folder of peers' repositories")
+        home = Path(os.environ["LLMFAST_PEERS"], folder)
+        if not home.is_dir():
+            pytest.skip(f"LLMFAST_PEERS has no {folder}")
+        monkeypatch.syspath_prepend(str(home))
+        return importlib.import_module(name)
+
+    return imported
 
 
 def exported(ours: GPT, folder: Path, to: str, **options) -> Path:
@@ -131,8 +131,8 @@ def test_the_tokenizer_goes_along(transformers, tmp_path, kind):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_loads_its_file(tmp_path, ids, bias):
-    nanogpt = peer("nanogpt_model", "nanoGPT", "model.py")
+def test_nanogpt_loads_its_file(peer, tmp_path, ids, bias):
+    nanogpt = peer("nanoGPT", "model")
     ours = model(activation="gelu", bias=bias)
     content = torch.load(exported(ours, tmp_path, "nanogpt") / "ckpt.pt")
     theirs = nanogpt.GPT(nanogpt.GPTConfig(**content["model_args"]))  # as sample.py does
@@ -156,9 +156,8 @@ def test_a_compiled_nanogpts_prefix_and_extras_do_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, dict(qkv_bias=False, tie_embeddings=False)])
-def test_the_books_model_loads_its_file(tmp_path, ids, options):
-    pytest.importorskip("tiktoken")
-    book = peer("book_ch04", "LLMs-from-scratch", "pkg", "llms_from_scratch", "ch04.py")
+def test_the_books_model_loads_its_file(peer, tmp_path, ids, options):
+    book = peer("LLMs-from-scratch/pkg", "llms_from_scratch.ch04")
     ours = model(**options)
     out = exported(ours, tmp_path, "book")
     config = json.loads((out / "config.json").read_text())
@@ -168,13 +167,8 @@ def test_the_books_model_loads_its_file(tmp_path, ids, options):
         assert_equal_logits(ours, theirs.eval()(ids), ids)
 
 
-def test_train_llm_from_scratch_loads_its_file(tmp_path, ids, monkeypatch):
-    folder = Path(os.environ.get("LLMFAST_PEERS", "none"), "train-llm-from-scratch")
-    if not folder.is_dir():
-        pytest.skip("LLMFAST_PEERS has no train-llm-from-scratch")
-    monkeypatch.syspath_prepend(str(folder))
-    from src.models.transformer import Transformer
-
+def test_train_llm_from_scratch_loads_its_file(peer, tmp_path, ids):
+    Transformer = peer("train-llm-from-scratch", "src.models.transformer").Transformer
     ours = model(**TLFS)
     out = exported(ours, tmp_path, "tlfs")
     config = json.loads((out / "config.json").read_text())
