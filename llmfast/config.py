@@ -327,8 +327,10 @@ class ClassifyConfig(FinetuneConfig):
 class ConversationConfig(FinetuneConfig):
     """Options of tuning on conversations."""
 
-    prompt_style: str = option(
-        "alpaca", "alpaca, phi3, chatml, plain, a template with {instruction} and {input}, or a file that holds one"
+    prompt_style: str | None = option(
+        None,
+        "alpaca, phi3, chatml, plain, a template with {instruction} and {input}, or a file that holds one "
+        "(default: the one that the base was tuned with, else alpaca)",
     )
     split: Literal["book", "random"] = option(
         "book",

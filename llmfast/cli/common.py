@@ -16,6 +16,7 @@ from llmfast.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from llmfast.finetuning.prompts import PromptStyle
     from llmfast.nn import GPT
     from llmfast.tokenizer import Tokenizer
 
@@ -85,6 +86,11 @@ class SamplingOptions(ModelOptions):
     seed: int | None = option(None, "the same seed writes the same text")
     stop_at_eot: bool = option(True, "stop where the model ends its text")
     stop: list[str] = field(default_factory=list, metadata={"help": "stop before any of these texts"})
+    prompt_style: str | None = option(
+        None,
+        "take prompts for instructions, written as finetune instruct writes them in this style; none: go on from the "
+        "text as it is (default: as the checkpoint was tuned)",
+    )
 
     def sampling(self) -> dict[str, Any]:
         """The keyword arguments of ``llmfast.generation.generate``, checked."""
@@ -97,6 +103,15 @@ class SamplingOptions(ModelOptions):
             raise UserError("a stop text is empty: leave it out to write without one")
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop_at_eot", "stop")
         return {name: getattr(self, name) for name in names}
+
+
+def chosen_style(name: str | None, checkpoint: Path) -> PromptStyle | None:
+    """The prompt style called ``name``, else the one that ``checkpoint`` was tuned with; None for text as it is."""
+    from llmfast.finetuning.prompts import prompt_style, style_of
+
+    if name == "none":
+        return None
+    return style_of(checkpoint) if name is None else prompt_style(name)
 
 
 @dataclass(frozen=True)

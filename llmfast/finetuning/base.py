@@ -18,7 +18,7 @@ from torch import Tensor
 from llmfast.checkpoint import find_checkpoint, load_model, load_tokenizer_of
 from llmfast.config import FinetuneConfig
 from llmfast.errors import UserError
-from llmfast.nn import GPT, add_lora
+from llmfast.nn import GPT, GPTForClassification, add_lora
 from llmfast.nn.adapter import weights_sha256
 from llmfast.tokenizer import Tokenizer, load_tokenizer
 from llmfast.tokenizer.base import replace_surrogates
@@ -72,6 +72,8 @@ def open_base(config: FinetuneConfig) -> Base:
         raise UserError(f"{path} holds no tokenizer: name the one that it was trained with by --tokenizer")
     changed: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     model = load_model(path, **changed)
+    if isinstance(model, GPTForClassification):
+        raise UserError(f"{path} is a classifier, and the base must be a model that writes text")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens and {path} only {model.config.vocab_size:,}: "
@@ -109,16 +111,29 @@ def split(count: int, config: FinetuneConfig) -> dict[str, list[int]]:
     return {"train": order[:train], "validation": order[train : train + val], "test": order[train + val :]}
 
 
-def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
-    """Write ``folder/train.jsonl`` and so on, one example a line; each file appears whole or not at all."""
+def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]], *, resume: bool = False) -> None:
+    """Write ``folder/train.jsonl`` and so on, one example a line; each file appears whole or not at all.
+
+    With ``resume`` what is there must be the same: ``UserError``, and nothing changes, where it is not.
+    """
+    texts = {
+        folder / f"{name}.jsonl": "".join(
+            replace_surrogates(json.dumps(example, ensure_ascii=False)) + "\n" for example in examples
+        ).encode()
+        for name, examples in splits.items()
+    }
+    if resume:
+        for file, text in texts.items():
+            if file.exists() and file.read_bytes() != text:
+                raise UserError(
+                    f"cannot resume, this is another run: {file} holds other examples. Repeat its data and split, or "
+                    "choose another --out"
+                )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, examples in splits.items():
-        unfinished = folder / f".{name}.jsonl"
-        unfinished.write_text(
-            "".join(replace_surrogates(json.dumps(example, ensure_ascii=False)) + "\n" for example in examples),
-            encoding="utf-8",
-        )
-        os.replace(unfinished, folder / f"{name}.jsonl")
+    for file, text in texts.items():
+        unfinished = file.with_name(f".{file.name}")
+        unfinished.write_bytes(text)
+        os.replace(unfinished, file)
 
 
 def read_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:

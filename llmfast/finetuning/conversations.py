@@ -16,16 +16,24 @@ from llmfast.checkpoint import load_model
 from llmfast.config import ConversationConfig, TrainConfig
 from llmfast.data.records import read_records
 from llmfast.errors import UserError
-from llmfast.finetuning.prompts import Conversation, PromptStyle, encode, end_of_text
+from llmfast.finetuning.base import SPLITS, Base, check_before, open_base, write_splits
+from llmfast.finetuning.prompts import (
+    STYLES,
+    Conversation,
+    PromptStyle,
+    encode,
+    end_of_text,
+    prompt_style,
+    style_name,
+    style_of,
+)
 from llmfast.finetuning.responding import respond, write_responses
 from llmfast.finetuning.rows import Row, row_of
-from llmfast.nn import GPT
 from llmfast.tokenizer import Tokenizer
-from llmfast.training.device import choose_device, choose_dtype
+from llmfast.training import Trainer, TrainResult
 
 T = TypeVar("T")
 C = TypeVar("C", bound=ConversationConfig)
-SPLITS = ("train", "validation", "test")
 RESPONSES_FILE = "instruction-data-with-response.json"
 
 
@@ -39,24 +47,12 @@ class Rows:
     cut_longer: bool  # where a longer one is not refused
     cut: int = 0
 
-    @classmethod
-    def of(cls, config: ConversationConfig, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> Rows:
-        """As ``config.max_length`` says. ``UserError`` where the model's context is shorter than that."""
-        end_of_text(tokenizer)
-        block_size = model.config.block_size
-        if (config.max_length or 0) > block_size:
-            raise UserError(f"max_length {config.max_length} is above the model's context of {block_size} tokens")
-        return cls(tokenizer, style, config.max_length or block_size, config.max_length is not None)
-
     def row(self, conversation: Conversation, *, mask_prompts: bool, last_only: bool = False) -> Row:
         """The row of a conversation; ``last_only`` masks the responses before the last one, too.
 
-        ``ValueError`` where it does not fit, or nothing of a response does.
+        ``ValueError`` where it does not fit, or nothing of a response does, or the tokenizer lacks a character.
         """
-        try:
-            encoded = encode(self.tokenizer, self.style, conversation)
-        except UserError as error:  # a character that the tokenizer lacks
-            raise ValueError(str(error)) from None
+        encoded = encode(self.tokenizer, self.style, conversation)
         if last_only:
             encoded = encoded.last_response_only()
         length = len(encoded.ids) - 1
@@ -71,9 +67,22 @@ class Rows:
             self.cut += 1
         return row_of(encoded, mask_prompts=mask_prompts, max_length=self.context)
 
-    def note(self) -> str | None:
-        """What was cut, in a line."""
-        return f"cut {self.cut:,} conversations to {self.context} tokens" if self.cut else None
+
+def begin(config: C) -> tuple[C, Base, Rows]:
+    """The base model, and how its rows are made; ``config`` comes back with the prompt style that it left open.
+
+    Nothing is written yet. Raises ``UserError`` for options that make no sense, or none with this model.
+    """
+    check_before(config)
+    style = None if config.prompt_style is None else prompt_style(config.prompt_style)
+    base = open_base(config)
+    end_of_text(base.tokenizer)
+    context = base.model.config.block_size
+    if (config.max_length or 0) > context:
+        raise UserError(f"max_length {config.max_length} is above the model's context of {context} tokens")
+    style = style or style_of(base.path) or STYLES["alpaca"]
+    rows = Rows(base.tokenizer, style, config.max_length or context, config.max_length is not None)
+    return dataclasses.replace(config, prompt_style=style_name(style)), base, rows
 
 
 @dataclass
@@ -85,6 +94,10 @@ class Split(Generic[T]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def add(self, record: dict[str, Any], example: T) -> None:
+        self.records.append(record)
+        self.examples.append(example)
 
 
 def read_splits_of(
@@ -102,11 +115,9 @@ def read_splits_of(
         split = Split[T]()
         for record in records:
             try:
-                split.examples.append(make(record.values))
+                split.add(record.values, make(record.values))
             except ValueError as error:
                 records.reject(record.line, str(error))
-            else:
-                split.records.append(record.values)
         if records.problems:
             notes.append(
                 f"left out {len(records.problems):,} records of {path}, {len(split):,} remain; "
@@ -157,28 +168,30 @@ def with_sample_prompt(config: C, style: PromptStyle, conversations: Sequence[Co
     return dataclasses.replace(config, sample_prompt=text)
 
 
-def answer_test_split(
-    config: ConversationConfig,
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    split: Split[Any],
-    prompts: Sequence[Conversation],
-    progress: bool,
-) -> Path | None:
-    """Write the best checkpoint's answers to ``prompts``, the test split's, into the run; returns the file."""
-    if not (prompts and config.response_tokens):
-        return None
-    device = choose_device(config.device)
-    model = load_model(config.out, device=device, dtype=choose_dtype(config.dtype, device))
+def fit_and_answer(
+    trainer: Trainer, rows: Rows, splits: dict[str, Split[Any]], prompts: Sequence[Conversation], notes: list[str]
+) -> tuple[TrainResult, Path | None]:
+    """Write the splits into the run, train, and have the best checkpoint answer ``prompts``, the test split's.
+
+    Returns how it went and the file of the answers: None where none are wanted, or after an interruption.
+    """
+    config: Any = trainer.config
+    if rows.cut:
+        notes.append(f"cut {rows.cut:,} conversations to {rows.context} tokens")
+    if trainer.progress:
+        print(*notes, sep="\n", file=sys.stderr, flush=True)
+    write_splits(
+        Path(config.out, "data"), {name: split.records for name, split in splits.items()}, resume=config.resume
+    )
+    result = trainer.fit()
+    if result.interrupted or not prompts or not config.response_tokens:
+        return result, None
+    model = load_model(config.out, device=trainer.device, dtype=trainer.dtype)
     with ops.use_backend(config.backend):
-        responses = respond(model, tokenizer, style, prompts, max_new_tokens=config.response_tokens, progress=progress)
+        responses = respond(
+            model, rows.tokenizer, rows.style, prompts,
+            max_new_tokens=config.response_tokens, progress=trainer.progress,
+        )  # fmt: skip
     file = Path(config.out, RESPONSES_FILE)
-    write_responses(file, split.records, responses)
-    return file
-
-
-def say(progress: bool, *notes: str | None) -> None:
-    """What the user should know, on standard error."""
-    for note in notes:
-        if progress and note:
-            print(note, file=sys.stderr, flush=True)
+    write_responses(file, splits["test"].records, responses)
+    return result, file

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from llmfast.config import InstructConfig
-from llmfast.finetuning.base import Examples, check_before, choose_trained, open_base, write_splits
-from llmfast.finetuning.conversations import (
-    Rows,
-    Split,
-    answer_test_split,
-    read_splits_of,
-    say,
-    with_sample_prompt,
-)
-from llmfast.finetuning.prompts import Conversation, conversation_of, end_of_text, prompt_style
+from llmfast.finetuning.base import Examples, choose_trained
+from llmfast.finetuning.conversations import Split, begin, fit_and_answer, read_splits_of, with_sample_prompt
+from llmfast.finetuning.prompts import Conversation, conversation_of, end_of_text
 from llmfast.finetuning.rows import IGNORE_INDEX, Row, pack, pad, pad_packed
 from llmfast.tokenizer import Tokenizer
 from llmfast.training import Trainer, TrainResult
@@ -41,10 +34,7 @@ def finetune_instruct(config: InstructConfig, *, progress: bool = True) -> tuple
     best checkpoint's responses to the test split in ``instruction-data-with-response.json``. Raises ``UserError`` for
     what the user can mend.
     """
-    check_before(config)
-    style = prompt_style(config.prompt_style)
-    base = open_base(config)
-    rows = Rows.of(config, base.model, base.tokenizer, style)
+    config, base, rows = begin(config)
 
     def make(record: dict[str, Any]) -> Example:
         conversation = conversation_of(record)
@@ -54,20 +44,15 @@ def finetune_instruct(config: InstructConfig, *, progress: bool = True) -> tuple
     of_split = functools.partial(batches, config, base.tokenizer, rows.context)
     trainer = Trainer(
         choose_trained(base.model, config, base),
-        with_sample_prompt(config, style, [example.conversation for example in splits["validation"].examples]),
+        with_sample_prompt(config, rows.style, [example.conversation for example in splits["validation"].examples]),
         of_split(splits["train"], training=True),
         of_split(splits["validation"], training=False) if len(splits["validation"]) else None,
         tokenizer=base.tokenizer,
         loss_fn=instruct_loss,
         progress=progress,
     )
-    say(progress, *notes, rows.note())
-    write_splits(Path(config.out, "data"), {name: split.records for name, split in splits.items()})
-    result = trainer.fit()
-    if result.interrupted:
-        return result, None
     prompts = [example.conversation.prompt for example in splits["test"].examples]
-    return result, answer_test_split(config, base.tokenizer, style, splits["test"], prompts, progress)
+    return fit_and_answer(trainer, rows, splits, prompts, notes)
 
 
 def batches(

@@ -1,11 +1,12 @@
 """Preference tuning: DPO and ORPO on pairs of a chosen and a rejected response, KTO on single labelled ones.
 
-Shapes: B pairs or examples, T tokens.
+Shapes: B pairs or labelled examples, each of two rows of T tokens.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,24 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from llmfast import ops
 from llmfast.config import PreferenceConfig
 from llmfast.errors import UserError
 from llmfast.finetuning import preference_losses as losses
-from llmfast.finetuning.base import Examples, check_before, choose_trained, open_base, write_splits
-from llmfast.finetuning.conversations import Rows, Split, answer_test_split, read_splits_of, say, with_sample_prompt
-from llmfast.finetuning.preference_data import Judged, Labelled, Pair, judged_of, pair_of, with_mismatches
-from llmfast.finetuning.prompts import Conversation, end_of_text, prompt_style
+from llmfast.finetuning.base import Examples, choose_trained
+from llmfast.finetuning.conversations import Split, begin, fit_and_answer, read_splits_of, with_sample_prompt
+from llmfast.finetuning.preference_data import Example, judged_of, pair_of, with_mismatches
+from llmfast.finetuning.prompts import end_of_text
 from llmfast.finetuning.rows import pad
 from llmfast.generation.decoding import evaluating
 from llmfast.nn import lora_disabled
 from llmfast.training import Trainer, TrainResult
 from llmfast.training.device import choose_device, choose_dtype
 
-Reference = Callable[[Any, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> log-probabilities (B,)
+Reference = Callable[[Any, Tensor, Tensor], Tensor]  # (model, inputs, targets) -> log-probabilities
 Measured = tuple[Tensor, int, dict[str, Tensor]]
-Numbered = tuple[int, Any]  # place in the split, Pair or Labelled
 
 
 def finetune_preference(config: PreferenceConfig, *, progress: bool = True) -> tuple[TrainResult, Path | None]:
@@ -39,94 +40,70 @@ def finetune_preference(config: PreferenceConfig, *, progress: bool = True) -> t
 
     The run directory is as ``finetune_instruct`` has it. Raises ``UserError`` for what the user can mend.
     """
-    check_before(config)
     if not config.beta > 0:
         raise UserError(f"beta must be above 0, got {config.beta}")
     if config.method == "orpo" and config.precompute_reference:
         raise UserError("orpo has no reference model: leave --precompute-reference out")
-    style = prompt_style(config.prompt_style)
-    base = open_base(config)
-    rows = Rows.of(config, base.model, base.tokenizer, style)
-    pairs = config.method != "kto"
-    splits, notes = read_splits_of(config, lambda record: pair_of(record, rows) if pairs else judged_of(record, rows))
-    if same := sum(isinstance(one, Pair) and one.chosen == one.rejected for one in splits["train"].examples):
-        notes.append(f"{same:,} training pairs teach nothing: chosen and rejected are the same")
+    config, base, rows = begin(config)
+    kto = config.method == "kto"
+    make: Callable[..., list[Any]] = judged_of
+    if not kto:
+        make = functools.partial(pair_of, allow_equal=not config.skip_bad)
+    splits, notes = read_splits_of(config, functools.partial(make, rows=rows))
+    check_training_examples(splits["train"], notes, config)
+    prompts = {name: [example.prompt for example, *_ in split.examples] for name, split in splits.items()}
+    examples: dict[str, list[Example]] = {}
+    for name in ("train", "validation"):
+        whole = [one for made in splits[name].examples for one in made]
+        examples[name] = with_mismatches(whole, rows) if kto else whole
 
     model = choose_trained(base.model, config, base)
     reference = None if config.method == "orpo" else reference_of(model, config)
-    numbered = {name: list(enumerate(_examples(split, rows))) for name, split in splits.items() if name != "test"}
-    tables: dict[str, Tensor] = {}
+    pad_id = end_of_text(base.tokenizer)
     if config.precompute_reference and reference is not None:
-        for name, examples in numbered.items():
-            if examples:
-                tables[name] = reference_table(model, reference, examples, config, end_of_text(base.tokenizer))
+        for name in examples:
+            examples[name] = with_reference(examples[name], model, reference, config, pad_id, progress)
         reference = None  # and with it the second model
 
-    def batches(name: str, seed: int | None) -> Examples[Numbered]:
-        collate = functools.partial(collated, pad_id=end_of_text(base.tokenizer), table=tables.get(name))
+    def batches(name: str, seed: int | None) -> Examples[Example]:
+        collate = functools.partial(collated, pad_id=pad_id)
         return Examples(
-            numbered[name],
-            collate,
-            config.micro_batch_size,
-            batch_size=config.batch_size,
-            seed=seed,
-            length=lambda numbered: len(numbered[1]),
+            examples[name], collate, config.micro_batch_size, batch_size=config.batch_size, seed=seed, length=len
         )
 
-    prompts = {name: [_prompt(example) for example in split.examples] for name, split in splits.items()}
     trainer = Trainer(
         model,
-        with_sample_prompt(config, style, prompts["validation"]),
+        with_sample_prompt(config, rows.style, prompts["validation"]),
         batches("train", config.seed),
-        batches("validation", None) if numbered["validation"] else None,
+        batches("validation", None) if examples["validation"] else None,
         tokenizer=base.tokenizer,
-        loss_fn=PairLoss(config, reference) if pairs else KTOLoss(config, reference),
-        metrics_fn=pair_metrics if pairs else kto_metrics,
-        unit="pair" if pairs else "example",
+        loss_fn=KTOLoss(config, reference) if kto else PairLoss(config, reference),
+        metrics_fn=kto_metrics if kto else pair_metrics,
+        unit="example" if kto else "pair",
         progress=progress,
     )
-    say(progress, *notes, rows.note())
-    write_splits(Path(config.out, "data"), {name: split.records for name, split in splits.items()})
-    result = trainer.fit()
-    if result.interrupted:
-        return result, None
-    return result, answer_test_split(config, base.tokenizer, style, splits["test"], prompts["test"], progress)
+    return fit_and_answer(trainer, rows, splits, prompts["test"], notes)
 
 
-def _examples(split: Split[Any], rows: Rows) -> list[Pair] | list[Labelled]:
-    if split.examples and isinstance(split.examples[0], list):
-        return with_mismatches([one for judged in split.examples for one in judged], rows)
-    return split.examples
+def check_training_examples(split: Split[Any], notes: list[str], config: PreferenceConfig) -> None:
+    """``UserError`` where KTO has but one kind of examples; a note of pairs that prefer nothing."""
+    if config.method == "kto":
+        if len(kinds := {one.desirable for made in split.examples for one in made}) == 1:
+            kind = "desirable" if kinds.pop() else "undesirable"
+            raise UserError(f"{config.data}: all examples for training are {kind}, and KTO learns from both kinds")
+    elif same := sum(pair.rows[0] == pair.rows[1] for (pair,) in split.examples):
+        notes.append(f"{same:,} training pairs have one response as chosen and as rejected: --skip-bad leaves them out")
 
 
-def _prompt(example: Pair | list[Judged]) -> Conversation:
-    return example.prompt if isinstance(example, Pair) else example[0].conversation.prompt
-
-
-# ---- Batches ---------------------------------------------------------------------------------------------------------
-
-
-def collated(examples: Sequence[Numbered], pad_id: int, table: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The tensors of a batch; ``table`` (N, 2) holds the reference's log-probabilities, appended as (B, 2).
-
-    Of pairs: chosen inputs and targets, rejected inputs and targets, all (B, T). Of labelled examples: inputs and
-    targets, mismatched inputs and targets, and desirable (B,) bool.
-    """
-    numbers, items = [number for number, _ in examples], [item for _, item in examples]
-    width = max(map(len, items))
-    known = () if table is None else (table[numbers],)
-    if isinstance(items[0], Pair):
-        return (
-            *pad([pair.chosen for pair in items], pad_id, width),
-            *pad([pair.rejected for pair in items], pad_id, width),
-            *known,
-        )
-    return (
-        *pad([one.row for one in items], pad_id, width),
-        *pad([one.mismatched for one in items], pad_id, width),
-        torch.tensor([one.desirable for one in items]),
-        *known,
-    )
+def collated(examples: Sequence[Example], pad_id: int) -> tuple[Tensor, ...]:
+    """(inputs, targets), int64 (B, 2, T); of labelled examples also desirable, bool (B,); and, where it was computed
+    ahead, the reference's log-probabilities (B, 2)."""
+    batch = [tensor.unflatten(0, (-1, 2)) for tensor in pad([row for one in examples for row in one.rows], pad_id)]
+    if examples[0].desirable is not None:
+        batch.append(torch.tensor([one.desirable for one in examples]))
+    if examples[0].reference is not None:
+        batch.append(torch.tensor([one.reference for one in examples]))
+    return tuple(batch)
 
 
 # ---- Reference -------------------------------------------------------------------------------------------------------
@@ -142,7 +119,7 @@ def reference_of(model: nn.Module, config: PreferenceConfig) -> Reference:
                 return log_probs(model, inputs, targets, average)
 
         return without_adapters
-    frozen = frozen_copy(model)
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
 
     def of_copy(_: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.no_grad():
@@ -151,34 +128,42 @@ def reference_of(model: nn.Module, config: PreferenceConfig) -> Reference:
     return of_copy
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
 def log_probs(model: Any, inputs: Tensor, targets: Tensor, average: bool) -> Tensor:
-    """(B,) log-probabilities of the responses, or their means over the tokens."""
-    total, count = losses.response_log_probs(model, inputs, targets)
-    return total / count.clamp(min=1) if average else total
+    """Log-probabilities (...) of the responses in rows (..., T), or their means over the tokens."""
+    total, count = losses.response_log_probs(model, inputs.flatten(0, -2), targets.flatten(0, -2))
+    return (total / count.clamp(min=1) if average else total).view(inputs.shape[:-1])
 
 
-def reference_table(
-    model: nn.Module, reference: Reference, examples: Sequence[Numbered], config: PreferenceConfig, pad_id: int
-) -> Tensor:
-    """The reference's log-probabilities of every example's two rows, (N, 2) on the CPU."""
+def with_reference(
+    examples: Sequence[Example],
+    model: nn.Module,
+    reference: Reference,
+    config: PreferenceConfig,
+    pad_id: int,
+    progress: bool,
+) -> list[Example]:
+    """``examples`` with the reference's log-probabilities of their rows."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     ops.tune_process(config.threads)
     model.to(device)
-    table = torch.zeros(len(examples), 2)
-    ordered = sorted(examples, key=lambda numbered: len(numbered[1]))
+    found = list(examples)
+    order = sorted(range(len(found)), key=lambda i: len(found[i]))
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    with ops.use_backend(config.backend), autocast:
-        for start in range(0, len(ordered), config.micro_batch_size):
-            part = ordered[start : start + config.micro_batch_size]
-            batch = [tensor.to(device) for tensor in collated(part, pad_id)]
-            both = reference(model, torch.cat([batch[0], batch[2]]), torch.cat([batch[1], batch[3]]))
-            table[[number for number, _ in part]] = both.view(2, -1).T.float().cpu()
-    return table
+    bar = tqdm(total=len(found), desc="reference", disable=None if progress else True, leave=False)
+    with ops.use_backend(config.backend), autocast, bar:
+        for start in range(0, len(order), config.micro_batch_size):
+            part = order[start : start + config.micro_batch_size]
+            inputs, targets = (t.to(device) for t in collated([found[i] for i in part], pad_id)[:2])
+            for i, values in zip(part, reference(model, inputs, targets).tolist(), strict=True):
+                found[i] = dataclasses.replace(found[i], reference=tuple(values))
+            bar.update(len(part))
+    return found
+
+
+def reference_log_probs(reference: Reference | None, model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+    """(B, 2), asked of ``reference`` or, where there is none, computed ahead and part of the batch."""
+    return batch[-1] if reference is None else reference(model, *batch[:2])
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
@@ -192,17 +177,14 @@ class PairLoss:
 
     def __call__(self, model: Any, batch: tuple[Tensor, ...]) -> Measured:
         config = self.config
-        inputs, targets = torch.cat([batch[0], batch[2]]), torch.cat([batch[1], batch[3]])
+        inputs, targets = batch[:2]
         orpo = config.method == "orpo"
-        chosen, rejected = log_probs(model, inputs, targets, orpo or config.average_log_probs).chunk(2)
+        chosen, rejected = log_probs(model, inputs, targets, orpo or config.average_log_probs).unbind(1)
         if orpo:
             result = losses.orpo(chosen, rejected, weight=config.beta)
         else:
-            if self.reference is None:
-                ref_chosen, ref_rejected = batch[4].unbind(1)
-            else:
-                ref_chosen, ref_rejected = self.reference(model, inputs, targets).chunk(2)
-            result = losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
+            known = reference_log_probs(self.reference, model, batch)
+            result = losses.dpo(chosen, rejected, *known.unbind(1), beta=config.beta)
         return (
             result.losses.mean(),
             len(chosen),
@@ -231,18 +213,14 @@ class KTOLoss:
         self.config, self.reference = config, reference
 
     def __call__(self, model: Any, batch: tuple[Tensor, ...]) -> Measured:
-        config = self.config
-        inputs, targets, other_inputs, other_targets, desirable = batch[:5]
-        if self.reference is None:
-            ref, ref_other = batch[5].unbind(1)
-        else:
-            both = torch.cat([inputs, other_inputs]), torch.cat([targets, other_targets])
-            ref, ref_other = self.reference(model, *both).chunk(2)
+        config, average = self.config, self.config.average_log_probs
+        inputs, targets, desirable = batch[:3]
+        ref, ref_other = reference_log_probs(self.reference, model, batch).unbind(1)
         with torch.no_grad(), evaluating(model):
-            other = log_probs(model, other_inputs, other_targets, config.average_log_probs)
+            other = log_probs(model, inputs[:, 1], targets[:, 1], average)
         kl = (other - ref_other).mean().clamp(min=0)
         values, rewards = losses.kto(
-            log_probs(model, inputs, targets, config.average_log_probs),
+            log_probs(model, inputs[:, 0], targets[:, 0], average),
             ref,
             desirable,
             kl,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmfast.finetuning.conversations import Rows
@@ -15,33 +15,28 @@ _LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two responses to the prompt that both rows begin with; the targets are those of the responses."""
+class Example:
+    """Two responses to one prompt, as rows; the targets are those of the responses.
+
+    Of a pair, the chosen and the rejected one. Of a labelled response (``desirable`` or not), this one and the response
+    to another prompt. ``reference`` has the reference's log-probabilities of both, where they are computed ahead.
+    """
 
     prompt: Conversation
-    chosen: Row
-    rejected: Row
+    rows: tuple[Row, Row]
+    desirable: bool | None = None
+    reference: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
+        return max(map(len, self.rows))
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """A response and whether it is desirable; ``mismatched`` has its prompt and the response to another one."""
-
-    row: Row
-    mismatched: Row
-    desirable: bool
-
-    def __len__(self) -> int:
-        return max(len(self.row), len(self.mismatched))
-
-
-def pair_of(record: Mapping[str, Any], rows: Rows) -> Pair:
+def pair_of(record: Mapping[str, Any], rows: Rows, *, allow_equal: bool = True) -> list[Example]:
     """The pair of a record; raises ``ValueError`` that says what is wrong with it."""
     chosen, rejected = conversations_of_pair(record)
-    return Pair(chosen.prompt, _row(chosen, rows), _row(rejected, rows))
+    if chosen == rejected and not allow_equal:
+        raise ValueError("chosen and rejected are the same")
+    return [Example(chosen.prompt, (_row(chosen, rows), _row(rejected, rows)))]
 
 
 def conversations_of_pair(record: Mapping[str, Any]) -> tuple[Conversation, Conversation]:
@@ -86,6 +81,10 @@ class Judged:
     row: Row
     desirable: bool
 
+    @property
+    def prompt(self) -> Conversation:
+        return self.conversation.prompt
+
 
 def judged_of(record: Mapping[str, Any], rows: Rows) -> list[Judged]:
     """The one judged response of a record with a label, or the two of a pair."""
@@ -104,7 +103,7 @@ def judged_of(record: Mapping[str, Any], rows: Rows) -> list[Judged]:
     return [Judged(conversation, _row(conversation, rows), desirable)]
 
 
-def with_mismatches(judged: Sequence[Judged], rows: Rows) -> list[Labelled]:
+def with_mismatches(judged: Sequence[Judged], rows: Rows) -> list[Example]:
     """Each response beside a mismatched one: the same prompt with the next response to another prompt.
 
     Desirable ones first, so that the two responses of a pair are no neighbours. By these pairings KTO estimates how
@@ -114,13 +113,13 @@ def with_mismatches(judged: Sequence[Judged], rows: Rows) -> list[Labelled]:
     examples = []
     for place, one in enumerate(ordered):
         others = (ordered[(place + step) % len(ordered)] for step in range(1, len(ordered) + 1))
-        other = next((o for o in others if o.conversation.prompt != one.conversation.prompt), one)
+        other = next((o for o in others if o.prompt != one.prompt), one)
         *turns, last = one.conversation.turns
         response = other.conversation.turns[-1].response
         mixed = Conversation((*turns, dataclasses.replace(last, response=response)), one.conversation.system)
         encoded = encode(rows.tokenizer, rows.style, mixed).last_response_only()
         mismatched = row_of(encoded, mask_prompts=True, max_length=rows.context)
-        examples.append(Labelled(one.row, mismatched, one.desirable))
+        examples.append(Example(one.prompt, (one.row, mismatched), one.desirable))
     return examples
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmfast.checkpoint import layout, read_state
 from llmfast.config import suggest
 from llmfast.errors import UserError
 from llmfast.tokenizer import Tokenizer
@@ -121,8 +122,8 @@ def prompt_style(name: str) -> PromptStyle:
             template, where = Path(name).read_text(encoding="utf-8"), name
         except UnicodeDecodeError as error:
             raise UserError(f"{name} is not UTF-8 text: byte {error.start}") from None
-    elif "\n" not in name:
-        template = name.replace("\\n", "\n")  # a shell's quotes leave it as it is
+    if "\n" not in template:
+        template = template.replace("\\n", "\n")  # a shell's quotes leave it as it is
     places = _PLACEHOLDER.findall(template)
     for place in places:
         if place not in ("instruction", "input"):
@@ -130,6 +131,19 @@ def prompt_style(name: str) -> PromptStyle:
     if "instruction" not in places:
         raise UserError(f"{where}: the template has no {{instruction}}")
     return PromptStyle(template)
+
+
+def style_name(style: PromptStyle) -> str:
+    """What ``prompt_style`` makes ``style`` of, wherever it is asked: a known name, else the template itself."""
+    return next((name for name, known in STYLES.items() if known == style), style.turn)
+
+
+def style_of(checkpoint: Path) -> PromptStyle | None:
+    """The style that the checkpoint directory was tuned with; None where it was not tuned on conversations."""
+    if not (checkpoint / layout.STATE_FILE).is_file():
+        return None
+    name = read_state(checkpoint).get("config", {}).get("prompt_style")
+    return None if name is None else prompt_style(name)
 
 
 @dataclass(frozen=True)

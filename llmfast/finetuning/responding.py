@@ -11,8 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llmfast.errors import UserError
-from llmfast.finetuning.prompts import Conversation, PromptStyle, encode, end_of_text
-from llmfast.generation import generate_ids
+from llmfast.finetuning.prompts import Conversation, PromptStyle, encode
+from llmfast.generation import generate
 from llmfast.nn import GPT
 from llmfast.tokenizer import Tokenizer
 from llmfast.tokenizer.base import replace_surrogates
@@ -27,16 +27,12 @@ def respond(
     conversations: Sequence[Conversation],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     progress: bool = True,
 ) -> list[str]:
     """The model's response to each conversation that ends with an instruction, without white space around it.
 
     A response is the text of the tokens that follow the prompt, up to the end-of-text token or ``max_new_tokens``:
-    it may hold anything, also what looks like a prompt. ``temperature`` 0 takes the likeliest token always.
+    it may hold anything, also what looks like a prompt. Each is the likeliest.
     """
     prompts = [encode(tokenizer, style, conversation).ids for conversation in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of a batch read little padding
@@ -45,19 +41,15 @@ def respond(
     with tqdm(total=len(prompts), unit="response", disable=None if progress else True, leave=False) as bar:
         for start in range(0, len(order), rows):
             numbers = order[start : start + rows]
-            written = generate_ids(
+            written = generate(
                 model,
+                tokenizer,
                 [prompts[i] for i in numbers],
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                eot_id=end_of_text(tokenizer),
-                vocab_size=tokenizer.vocab_size,
+                temperature=0.0,
             )
-            for i, ids in zip(numbers, written, strict=True):
-                responses[i] = tokenizer.decode(ids).strip()
+            for i, response in zip(numbers, written, strict=True):
+                responses[i] = response.strip()
             bar.update(len(numbers))
     return responses
 

@@ -38,9 +38,9 @@ def row_of(encoded: Encoded, *, mask_prompts: bool, max_length: int | None = Non
     return Row(inputs[:max_length], targets[:max_length])
 
 
-def pad(rows: Sequence[Row], pad_id: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """(inputs, targets), int64 (B, T), padded on the right to the longest or to ``length``; padding is no target."""
-    length = length or max(map(len, rows))
+def pad(rows: Sequence[Row], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), int64 (B, T), padded on the right to the longest; padding is no target."""
+    length = max(map(len, rows))
     inputs = [row.inputs + [pad_id] * (length - len(row)) for row in rows]
     targets = [row.targets + [IGNORE_INDEX] * (length - len(row)) for row in rows]
     return torch.tensor(inputs), torch.tensor(targets)

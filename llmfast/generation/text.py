@@ -12,7 +12,7 @@ from llmfast.generation.decoding import generate_ids
 from llmfast.nn import GPT
 from llmfast.tokenizer import Tokenizer
 
-Prompts = TypeVar("Prompts", str, list[str])
+Prompts = TypeVar("Prompts", str, list[Any])
 
 
 def generate(
@@ -30,7 +30,7 @@ def generate(
     stream: Callable[..., Any] | None = None,
     use_cache: bool = True,
 ) -> Prompts:
-    """Continue one text, or each of a list of texts; returns the completions without the prompts.
+    """Continue one text, or each of a list of texts or token ids; returns the completions without the prompts.
 
     A completion ends after ``max_new_tokens``, before the end-of-text token (unless ``stop_at_eot`` is False) or
     before the first of the strings ``stop``. ``stream`` is called with each new piece of text: ``stream(piece)`` for
@@ -38,7 +38,7 @@ def generate(
     completion. An empty prompt starts from the end-of-text token. The other options are those of ``generate_ids``.
     Raises ``UserError`` for an argument out of range, and for a tokenizer that does not fit the model.
     """
-    texts = [prompts] if isinstance(prompts, str) else prompts
+    listed = [prompts] if isinstance(prompts, str) else prompts
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: "
@@ -48,12 +48,12 @@ def generate(
     if "" in stop:
         raise UserError("a stop string is empty: leave it out to generate without one")
     completions = [
-        Completion(tokenizer, stop, stream if stream is None or texts is not prompts else partial(stream, index))
-        for index in range(len(texts))
+        Completion(tokenizer, stop, stream if stream is None or listed is not prompts else partial(stream, index))
+        for index in range(len(listed))
     ]
     generate_ids(
         model,
-        [_encode_prompt(tokenizer, text) for text in texts],
+        [_encode_prompt(tokenizer, prompt) for prompt in listed],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -68,8 +68,8 @@ def generate(
     return results[0] if isinstance(prompts, str) else results
 
 
-def _encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = tokenizer.encode(text)
+def _encode_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     if ids:
         return ids
     if tokenizer.eot_id is None:

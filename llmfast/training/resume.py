@@ -23,7 +23,8 @@ FIXED = (
     "seed batch_size block_size stride sampling shuffle learning_rate min_learning_rate schedule warmup_steps "
     "weight_decay decay beta1 beta2 adam_eps grad_clip "
     "checkpoint train lora_r lora_alpha lora_dropout lora_targets lora_split_qkv max_length "
-    "method beta average_log_probs desirable_weight undesirable_weight class_weights pad_to"
+    "prompt_style mask_instruction packing method beta average_log_probs desirable_weight undesirable_weight "
+    "class_weights pad_to"
 ).split()
 # These change rounding, or how dropout draws.
 ROUNDING = "device dtype backend compile micro_batch_size activation_checkpointing".split()

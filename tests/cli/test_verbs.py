@@ -199,11 +199,10 @@ def test_greedy_needs_no_seed(home, say):
 def test_chat_keeps_the_dialogue_within_the_context(home, say, monkeypatch):
     prompts = []
 
-    def generate(model, tokenizer, prompt, *, stream, **options):
-        prompts.append(prompt)
-        assert len(tokenizer.encode(prompt)) <= model.config.block_size - options["max_new_tokens"]
-        stream(" ok")
-        return " ok"
+    def generate(model, tokenizer, given, *, stream, **options):
+        prompts.append(tokenizer.decode(given[0]))
+        assert len(given[0]) <= model.config.block_size - options["max_new_tokens"]
+        stream(0, " ok")
 
     monkeypatch.setattr("llmfast.generation.generate", generate)
     lines = ["the cat", "/wat", "sat", "/reset", "a bird sang " * 9, "/quit", "never"]
@@ -219,28 +218,23 @@ def test_chat_answers_a_pipe(home, say):
     assert shown.count("\n") >= 2
 
 
-def test_chat_leaves_half_the_context_to_the_dialogue_however_long_a_reply_may_be():
-    from types import SimpleNamespace
-
-    from llmfast.cli.chat import Dialogue
-    from llmfast.tokenizer import load_tokenizer
-
-    opened = SimpleNamespace(
-        model=SimpleNamespace(config=SimpleNamespace(block_size=16)), need_tokenizer=lambda: load_tokenizer("byte")
-    )
-    assert Dialogue(opened, 1000).add("0123456789") == "23456789"
-    assert Dialogue(opened, 4).add("0123456789abcdef") == "456789abcdef"
+def test_chat_leaves_half_the_context_to_the_dialogue_however_long_a_reply_may_be(home, say, monkeypatch):
+    lengths = []
+    monkeypatch.setattr("llmfast.generation.generate", lambda model, _, given, **options: lengths.append(len(given[0])))
+    say("chat", "--checkpoint", home / "run", "--max-new-tokens", 1000, input="a bird sang " * 9)
+    assert lengths == [8]  # of 16
 
 
 def test_chat_at_a_terminal_asks_until_the_end_of_input(home, capsys, monkeypatch):
     words = iter(["the cat", "wrong", "/quit"])
 
-    def generate(model, tokenizer, prompt, **_):
-        if "wrong" in prompt:
+    def encode(tokenizer, text):
+        if "wrong" in text:
             raise UserError("a word that is not known")
-        return ""
+        return [0]
 
-    monkeypatch.setattr("llmfast.generation.generate", generate)
+    monkeypatch.setattr("llmfast.generation.generate", lambda *_, **__: None)
+    monkeypatch.setattr("llmfast.tokenizer.bpe.BPETokenizer.encode", encode)
     monkeypatch.setattr(Input, "isatty", lambda _: True)
     monkeypatch.setattr(sys, "stdin", Input(""))
     monkeypatch.setattr("builtins.input", lambda prompt: next(words))

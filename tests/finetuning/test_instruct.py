@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from llmfast.errors import UserError
 from llmfast.finetuning.base import Examples
 from llmfast.finetuning.conversations import cut
 from llmfast.finetuning.instruct import finetune_instruct, instruct_loss
-from llmfast.finetuning.prompts import Conversation, Turn, encode, prompt_style
+from llmfast.finetuning.prompts import STYLES, Conversation, Turn, conversation_of, encode, prompt_style
 from llmfast.finetuning.responding import respond
 from llmfast.finetuning.rows import Row, pack, pad, pad_packed, row_of
 from llmfast.nn import GPT
@@ -120,7 +122,7 @@ def test_accumulated_micro_batches_equal_the_full_batch(micro, tmp_path, monkeyp
         )
         Trainer(small(), options, data, loss_fn=instruct_loss, progress=False).fit()
     for full, accumulated in zip(seen[10], seen[micro], strict=True):
-        torch.testing.assert_close(accumulated, full, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(accumulated, full, rtol=1e-12, atol=1e-12)
 
 
 def test_sorting_by_length_moves_no_sample_into_another_step():
@@ -132,6 +134,29 @@ def test_sorting_by_length_moves_no_sample_into_another_step():
         a, b = ([row for i in (0, 2, 4) for row in data.batch(6 * step + i)[0]] for data in (plain, by_length))
         assert sorted(map(repr, a)) == sorted(map(repr, b))
         assert [len(row) for row in b] == sorted(len(row) for row in b)
+
+
+def test_rows_of_the_books_data_are_the_books():
+    """Its own ``InstructionDataset`` and ``custom_collate_fn``, over its own 1,100 entries."""
+    data, peers = os.environ.get("LLMFAST_TEST_DATA"), os.environ.get("LLMFAST_PEERS")
+    if not (data and peers):
+        pytest.skip("LLMFAST_TEST_DATA and LLMFAST_PEERS are not set")
+    file = Path(peers, "LLMs-from-scratch", "ch07", "01_main-chapter-code", "gpt_instruction_finetuning.py")
+    wanted = ("InstructionDataset", "custom_collate_fn", "format_input")
+    book: dict[str, Any] = {"torch": torch, "Dataset": object}  # the rest of the file needs TensorFlow
+    parts = [node for node in ast.parse(file.read_text()).body if getattr(node, "name", None) in wanted]
+    exec(compile(ast.Module(parts, []), str(file), "exec"), book)
+    entries = json.loads(Path(data, "instructions", "instruction-data.json").read_text())
+    tokenizer = load_tokenizer(str(Path(data, "gpt2", "vocab.bpe")))
+    theirs = book["InstructionDataset"](entries, tokenizer)
+    ours = [
+        row_of(encode(tokenizer, STYLES["alpaca"], conversation_of(entry)), mask_prompts=False) for entry in entries
+    ]
+    for start in range(0, len(entries), 8):
+        inputs, targets = book["custom_collate_fn"]([theirs[i] for i in range(start, min(start + 8, len(entries)))])
+        got = pad(ours[start : start + 8], 50256)
+        assert torch.equal(got[0], inputs)
+        assert torch.equal(got[1], targets)
 
 
 # ---- Splits ----------------------------------------------------------------------------------------------------------

@@ -161,9 +161,9 @@ def test_labelled_records_and_their_mismatches(base):
     assert [one.desirable for one in judged] == [True, False, True, True, False]
     said = []
     for one in with_mismatches(judged, rows):
-        texts = [bytes(t for t in row.targets if 0 <= t < 256).decode() for row in (one.row, one.mismatched)]
-        said.append((chr(one.row.inputs[0]), *texts, one.desirable))
-        assert one.row.inputs[:2] == one.mismatched.inputs[:2]
+        texts = [bytes(t for t in row.targets if 0 <= t < 256).decode() for row in one.rows]
+        said.append((chr(one.rows[0].inputs[0]), *texts, one.desirable))
+        assert one.rows[0].inputs[:2] == one.rows[1].inputs[:2]
     # Desirable p:A, Q:A, p:C, then undesirable q:B, p:D; each with the next response to another prompt.
     assert said == [
         ("p", "A", "A", True), ("Q", "A", "C", True), ("p", "C", "B", True),
@@ -181,9 +181,16 @@ def test_labelled_records_and_their_mismatches(base):
     [{}, dict(train="lora", learning_rate=3e-2), dict(precompute_reference=True), dict(average_log_probs=True)],
 )
 def test_dpo_starts_at_log_2_and_widens_the_margin(base, pairs, write, tmp_path, monkeypatch, options):
+    probe = torch.randint(257, (2, 3, 20), generator=torch.Generator().manual_seed(0))
     kept = []
-    original = preference.frozen_copy
-    monkeypatch.setattr(preference, "frozen_copy", lambda model: kept.append(original(model)) or kept[-1])
+    original = preference.reference_of
+
+    def reference_of(model, config):
+        kept.append((model, original(model, config)))
+        kept.append(kept[0][1](model, *probe))
+        return kept[0][1]
+
+    monkeypatch.setattr(preference, "reference_of", reference_of)
     result, responses = finetune_preference(config(base, write(pairs), tmp_path, **options), progress=False)
     lines = lines_of(result)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -193,12 +200,11 @@ def test_dpo_starts_at_log_2_and_widens_the_margin(base, pairs, write, tmp_path,
     assert result.metrics["val_reward_accuracy"] == 1.0
     assert result.metrics["val_loss"] < 0.68
     assert len(json.loads(responses.read_text())) == 2
-    before = dict(load_model(base).named_parameters())
-    assert len(kept) == (options.get("train") != "lora")
-    for reference in kept:  # bitwise, and the policy is another one
-        assert all(torch.equal(p, before[name]) for name, p in reference.named_parameters())
-    after = dict(load_model(result.out).named_parameters())
-    assert not all(torch.equal(p, before[name]) for name, p in after.items())
+    (model, reference), before = kept
+    assert torch.equal(reference(model, *probe), before)  # bit for bit, and the policy is another one
+    assert not torch.equal(preference.log_probs(model, *probe, average=False), before)
+    untuned = load_model(base)
+    assert torch.equal(preference.log_probs(untuned, *probe, bool(options.get("average_log_probs"))), before)
 
 
 def test_a_precomputed_reference_trains_the_same_model(base, pairs, write, tmp_path):
@@ -256,6 +262,24 @@ def test_bad_pairs_are_named_by_line_or_left_out(base, pairs, write, tmp_path, c
     assert not (tmp_path / "run").exists()
     finetune_preference(config(base, data, tmp_path, skip_bad=True, response_tokens=0, epochs=1))
     assert "left out 1 records" in capsys.readouterr().err
+
+
+def test_equal_responses_are_counted_or_left_out(base, pairs, write, tmp_path, capsys):
+    data = write([{**pairs[0], "rejected": "good"}, *pairs], "data.jsonl")
+    finetune_preference(config(base, data, tmp_path, response_tokens=0, epochs=0.3))
+    assert "1 training pairs have one response as chosen and as rejected: --skip-bad" in capsys.readouterr().err
+    settings = config(base, data, tmp_path / "less", response_tokens=0, epochs=0.3, skip_bad=True)
+    finetune_preference(settings)
+    assert (
+        f"left out 1 records of {data}, 24 remain; the first: {data}:1: chosen and rejected" in capsys.readouterr().err
+    )
+
+
+def test_kto_wants_both_kinds(base, write, tmp_path):
+    data = write([{"prompt": f"p{i}", "completion": "c", "label": True} for i in range(9)])
+    with pytest.raises(UserError, match="all examples for training are desirable, and KTO learns from both kinds"):
+        finetune_preference(config(base, data, tmp_path, method="kto"), progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_books_pairs_are_read(base):
