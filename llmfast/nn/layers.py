@@ -8,6 +8,8 @@ Shapes: B batch, T sequence, C width (n_embd), H heads, D head size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -16,6 +18,7 @@ from llmfast import ops
 from llmfast.config import GPTConfig
 from llmfast.nn.kv_cache import LayerCache
 from llmfast.nn.lora import LoRALinear
+from llmfast.nn.remade import remade
 from llmfast.ops import decoder_layer as fused
 from llmfast.ops.mlp import ACTIVATIONS, activate
 
@@ -112,7 +115,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
         if isinstance(fc, LoRALinear) or isinstance(proj, LoRALinear):
-            return proj(activate(fc(x), self.activation))
+            h = fc(x)
+            a, kept = activate(h, self.activation), h.detach()
+            with remade(a, lambda: activate(kept, self.activation)):
+                return proj(a)
         return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, activation=self.activation)
 
 
@@ -152,8 +158,11 @@ class Block(nn.Module):
             y = self.ln_1(x)
         else:
             y, x = self.ln_1.add(branch, x, p)
-        y, x = self.ln_2.add(self.attn(y, cache, doc_ids), x, p)
-        return x, self.mlp(y)
+        with _kept_once(self.ln_1, y, x, self.attn.c_attn):
+            y = self.attn(y, cache, doc_ids)
+        y, x = self.ln_2.add(y, x, p)
+        with _kept_once(self.ln_2, y, x, self.mlp.c_fc):
+            return x, self.mlp(y)
 
     def _options(self) -> fused.LayerOptions:
         attn = self.attn
@@ -177,6 +186,14 @@ class Block(nn.Module):
                 return None
         same = self.ln_1.eps == self.ln_2.eps and attn.dropout == self.dropout
         return tuple(found) if same and _is_untouched(attn) and _is_untouched(mlp) else None
+
+
+def _kept_once(norm: LayerNorm, y: Tensor, x: Tensor, reader: nn.Module) -> AbstractContextManager[None]:
+    """Beside ``x``, which a norm keeps for its backward, its output ``y`` = norm(x) is not kept for an adapter's."""
+    if not isinstance(reader, LoRALinear):
+        return nullcontext()
+    x, y_dtype = x.detach(), y.dtype
+    return remade(y, lambda: ops.layer_norm(x, norm.weight, norm.bias, norm.eps).to(y_dtype))
 
 
 _KINDS = (LayerNorm, Linear, Linear, LayerNorm, Linear, Linear)
