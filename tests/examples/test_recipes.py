@@ -26,9 +26,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 )
 def test_recipe_names_only_known_options_and_a_possible_model(path):
     values = tomllib.loads(path.read_text(encoding="utf-8"))
-    known = {f.name for f in dataclasses.fields(Options)}
+    known = {f.name for f in dataclasses.fields(PretrainConfig)}
     assert set(values) <= known
-    config = Options(**values)
+    config = PretrainConfig(**values)
     shape = {k: values[k] for k in ("n_layer", "n_head", "n_embd", "activation", "dropout", "bias") if k in values}
     assert GPTConfig.preset(config.model, **shape).block_size >= (config.block_size or 1)
 
