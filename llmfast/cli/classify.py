@@ -40,7 +40,10 @@ def run(options: Options) -> int:
         limit = context if options.max_length is None else options.max_length
         if not 1 <= limit <= context:
             raise UserError(f"max_length must lie between 1 and the model's context of {context}, got {limit}")
-        encoded = [ids.tolist() for ids in opened.need_tokenizer().encode_batch(texts)]
+        try:
+            encoded = [ids.tolist() for ids in opened.need_tokenizer().encode_batch(texts)]
+        except ValueError as error:  # a character that the tokenizer lacks
+            raise UserError(str(error)) from None
         if empty := [number for number, ids in enumerate(encoded, 1) if not ids]:
             raise UserError(f"text {empty[0]} is empty")
         if cut := sum(len(ids) > limit for ids in encoded):
@@ -65,12 +68,16 @@ def read_texts(options: Options) -> list[str]:
     words = options.text
     if not words:
         return _lines(read_text("-"), "standard input")
-    path = Path(words[0])
-    if len(words) > 1 or len(words[0]) > 255 or not path.is_file():
-        return words
     from llmfast.data.records import FORMATS, read_records
     from llmfast.finetuning.classify_data import TEXT_NAMES
 
+    path = Path(words[0])
+    if len(words) > 1 or len(words[0]) > 255:
+        return words
+    if not path.is_file():
+        if path.suffix.lower() in (*FORMATS, ".txt") and not any(map(str.isspace, words[0])):
+            raise UserError(f"there is no file {path}")
+        return words
     if path.suffix.lower() not in FORMATS:
         return _lines(read_text(path), str(path))
     records = read_records(path, names=[options.text_column] if options.text_column else TEXT_NAMES)

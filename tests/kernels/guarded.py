@@ -14,7 +14,6 @@ import sys
 
 import mended_interpreter
 import torch
-
 from llmfast.kernels import causal_attention, common, layer_norm
 
 LIBC, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
