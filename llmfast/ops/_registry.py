@@ -207,7 +207,9 @@ class Op:
 
     function: the public function; reference: the same by plain formulas (run in float64 by tests); eager: what a
     PyTorch user writes, the baseline of error and speed; samples / gpu_samples: shapes for tests and for benchmarks;
-    random_shape(rng): one more shape for the fuzzer; inputs(shape, dtype, device): keyword arguments, deterministic.
+    random_shape(rng): one more shape for the fuzzer; inputs(shape, dtype, device): keyword arguments, deterministic;
+    cpu_samples: small shapes for benchmarks on a CPU; frozen: inputs that need no gradient in training; backward_flops:
+    FLOPs of a backward pass over those of a forward pass.
     """
 
     name: str
@@ -220,6 +222,9 @@ class Op:
     cost: Callable[..., Cost]
     implementations: list[Implementation]
     tolerance: Tolerance = field(default_factory=Tolerance)
+    cpu_samples: list[dict[str, Any]] = field(default_factory=list)
+    frozen: tuple[str, ...] = ()
+    backward_flops: float = 2.0
     function: Callable[..., Any] = field(init=False)
     _candidates: dict[Any, tuple[Implementation, ...]] = field(default_factory=dict, repr=False)
 
@@ -352,7 +357,7 @@ def _evidence_records() -> tuple[dict[str, Any], ...]:
     package = Path(__file__).resolve().parents[1]
     records: list[dict[str, Any]] = []
     for folder in (package / "results", package.parent / "benchmarks" / "results"):
-        for path in sorted(folder.glob("*.json")):
+        for path in sorted(folder.rglob("*.json")):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 records += [{**r, "file": path.name} for r in content.get("ops", [])]  # none: of something else
@@ -362,9 +367,13 @@ def _evidence_records() -> tuple[dict[str, Any], ...]:
 
 
 def evidence(op: str, backend: str, device: torch.device) -> str | None:
-    """The results file whose runs on such a GPU make ``backend`` a default of ``op``: all correct, none slower."""
+    """The results file whose runs on such a GPU make ``backend`` a default of ``op``: all correct, none slower.
+
+    Forward and backward together count, where they were also timed apart.
+    """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     runs = [r for r in _evidence_records() if (r.get("op"), r.get("backend"), r.get("device")) == (op, backend, gpu)]
+    runs = [r for r in runs if r.get("mode", "both") == "both" or r.get("correct") is not True]
     if runs and all(r.get("correct") is True and r.get("speedup", 0) >= 1 for r in runs):
         return str(runs[0]["file"])
     return None

@@ -316,6 +316,10 @@ _op = Op(
         {"B": B, "H": H, "Tq": T, "Tk": T, "D": D, "packed": True}
         for B, H, T, D in ((16, 12, 1024, 64), (4, 16, 4096, 64), (8, 16, 1024, 128), (1, 25, 16384, 64))
     ],
+    cpu_samples=[
+        {"B": B, "H": H, "Tq": T, "Tk": T, "D": 64, "packed": True} for B, H, T in ((4, 6, 256), (1, 12, 512))
+    ],
+    backward_flops=2.5,  # five products against two
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,

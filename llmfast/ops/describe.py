@@ -56,7 +56,7 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
         memory = round(properties.total_memory / 2**30, 1)
         capability = f"{properties.major}.{properties.minor}"
         return {"device": str(device), "name": properties.name, "capability": capability, "memory_gib": memory}
-    return {"device": str(device), "name": _cpu_name() if device.type == "cpu" else platform.machine()}
+    return {"device": str(device), "name": cpu_name() if device.type == "cpu" else platform.machine()}
 
 
 def _describe_op(op: Op, device: torch.device) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _triton_version() -> str | None:
     return str(triton.__version__)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

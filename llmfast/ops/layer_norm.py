@@ -205,6 +205,7 @@ layer_norm_op = Op(
         {"rows": (0, 4), "width": 5},
     ],
     gpu_samples=[{"rows": (16, 1024), "width": width} for width in (768, 1024, 1280, 1600)],
+    cpu_samples=[{"rows": (4, 256), "width": 768}],
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,

@@ -203,6 +203,7 @@ _op = Op(
         {"rows": (0, 4), "C": 5, "V": 7, "reduction": "none"},
     ],
     gpu_samples=[{"rows": (8, 1024), "C": C, "V": V} for C, V in ((768, 50257), (768, 50304), (1600, 50304))],
+    cpu_samples=[{"rows": (2, 64), "C": 384, "V": 50257}],
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,

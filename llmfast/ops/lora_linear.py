@@ -165,6 +165,9 @@ _op = Op(
         {"rows": (0, 3), "K": 5, "N": 7, "r": 2},
     ],
     gpu_samples=[{"rows": (16, 1024), "K": C, "N": 3 * C, "r": r} for C in (768, 1600) for r in (8, 64)],
+    cpu_samples=[{"rows": (4, 256), "K": 384, "N": 1152, "r": 8}],
+    frozen=("weight", "bias"),
+    backward_flops=1.0,  # no gradient of the weight
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,

@@ -228,6 +228,7 @@ _op = Op(
         {"rows": (0, 3), "C": 5, "M": 7},
     ],
     gpu_samples=[{"rows": (16, 1024), "C": C, "M": 4 * C} for C in (768, 1024, 1600)],
+    cpu_samples=[{"rows": (4, 256), "C": 384, "M": 1536}],
     random_shape=_random_shape,
     inputs=_inputs,
     cost=_cost,

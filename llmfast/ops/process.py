@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,7 @@ from llmfast.ops import matmul
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _HUGE = 2**31 - 1
+_GLIBC_MMAP_THRESHOLD = 128 << 10
 
 _allocator: str | None = None
 
@@ -67,6 +70,19 @@ def release_freed_memory() -> None:
     """Give the memory that was freed back to the system, which a tuned allocator does not do by itself."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside the block large tensors go back to the system as soon as they are freed: to measure memory."""
+    mallopt = ctypes.CDLL(None).mallopt if platform.libc_ver()[0] == "glibc" else None
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:
+        if mallopt:
+            mallopt(_M_MMAP_THRESHOLD, _HUGE if _allocator else _GLIBC_MMAP_THRESHOLD)
 
 
 def allocator_state() -> str:

@@ -112,9 +112,9 @@ def test_no_grad_gives_the_same_numbers_and_no_graph(name):
 def test_autocast_gives_float32_gradients_close_to_float32(name):
     op = OPS[name]
     inputs = op.inputs(op.samples[0], torch.float32, "cpu")
-    exact = _verify._outputs_and_gradients(op.function, inputs)
+    exact = _verify.outputs_and_gradients(op.function, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = _verify._outputs_and_gradients(op.function, inputs)
+        mixed = _verify.outputs_and_gradients(op.function, inputs)
     for key, value in mixed.items():
         if key.startswith("d "):
             assert value.dtype is torch.float32
@@ -124,9 +124,9 @@ def test_autocast_gives_float32_gradients_close_to_float32(name):
 def test_linear_takes_the_chosen_route_and_keeps_its_gradients(route):
     x = torch.randn(3, 37, 65, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(129, 65, dtype=torch.float64), torch.randn(129, dtype=torch.float64)
-    exact = _verify._outputs_and_gradients(F.linear, {"input": x.detach(), "weight": weight, "bias": bias})
+    exact = _verify.outputs_and_gradients(F.linear, {"input": x.detach(), "weight": weight, "bias": bias})
     single = {"x": x.detach().float(), "weight": weight.float(), "bias": bias.float()}
-    ours = _verify._outputs_and_gradients(ops.linear, single)
+    ours = _verify.outputs_and_gradients(ops.linear, single)
     for a, b in zip(ours.values(), exact.values(), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
     leaf = single["x"].requires_grad_()
@@ -155,7 +155,7 @@ def test_linear_reads_any_strides(route, layout):
         "sliced": torch.randn(4, 9, 33)[:, 2:6, 5:25],
     }[layout]
     weight = torch.randn(20, 31).t()
-    exact = _verify._outputs_and_gradients(F.linear, {"input": x.double(), "weight": weight.double()})
-    ours = _verify._outputs_and_gradients(ops.linear, {"x": x, "weight": weight})
+    exact = _verify.outputs_and_gradients(F.linear, {"input": x.double(), "weight": weight.double()})
+    ours = _verify.outputs_and_gradients(ops.linear, {"x": x, "weight": weight})
     for a, b in zip(ours.values(), exact.values(), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)

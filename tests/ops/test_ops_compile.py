@@ -34,8 +34,8 @@ def test_compiles_whole_with_the_same_results_and_gradients(name, backend):
     inputs = op.inputs(op.samples[0], torch.float32, "cpu")
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     with use_backend(f"{name}={backend}"):
-        exact = _verify._outputs_and_gradients(op.function, inputs)
-        ours = _verify._outputs_and_gradients(compiled, inputs)
+        exact = _verify.outputs_and_gradients(op.function, inputs)
+        ours = _verify.outputs_and_gradients(compiled, inputs)
     for key, value in ours.items():
         torch.testing.assert_close(value, exact[key], rtol=1e-4, atol=1e-5)
 

@@ -17,7 +17,7 @@ CASES = [
 
 def _native(op, inputs):
     with use_backend(f"{op.name}=cpp"):
-        return _verify._outputs_and_gradients(op.function, inputs)
+        return _verify.outputs_and_gradients(op.function, inputs)
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
@@ -27,9 +27,9 @@ def test_autocast_computes_in_bfloat16_from_float32_parameters(name, shape, x_dt
     inputs = op.inputs(shape, torch.float32, "cpu")
     inputs["x"] = inputs["x"].bfloat16().to(x_dtype)
     doubles = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    exact = _verify._outputs_and_gradients(op.reference, doubles)
+    exact = _verify.outputs_and_gradients(op.reference, doubles)
     with torch.autocast("cpu", torch.bfloat16):
-        eager, ours = _verify._outputs_and_gradients(op.eager, inputs), _native(op, inputs)
+        eager, ours = _verify.outputs_and_gradients(op.eager, inputs), _native(op, inputs)
     for key, value in ours.items():
         assert value.dtype is (x_dtype if key == "d x" else torch.bfloat16 if key == "y0" else torch.float32), key
         error, allowed = (float((t.double() - exact[key]).abs().max()) for t in (value, eager[key]))
@@ -62,7 +62,7 @@ def test_lora_dropout_is_that_of_plain_pytorch(dtype):
     for backend in ("cpp", "torch"):
         torch.manual_seed(5)
         with use_backend(f"lora_linear={backend}"):
-            results[backend] = _verify._outputs_and_gradients(op.function, inputs)
+            results[backend] = _verify.outputs_and_gradients(op.function, inputs)
     tolerance = 1e-5 if dtype is torch.float32 else 0.05
     for key, value in results["cpp"].items():
         assert float((value - results["torch"][key]).abs().max()) <= tolerance * float(value.abs().max()), key
