@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) CMakeLists.txt setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format fuzz bench clean
+.PHONY: help demo test lint format fuzz bench gpu gpu-rehearsal clean
 
 help:
 	@echo "make demo    train a small GPT on the Python standard library's text and show what it writes"
@@ -17,6 +17,8 @@ help:
 	@echo "make fuzz    many random cases of every op against float64 (SEED=0 CASES=2000 ISA=best),"
 	@echo "             and 5000 damaged checkpoints of every format; FUZZ=ops or FUZZ=formats for one of them"
 	@echo "make bench   whole training steps beside eager PyTorch and, with LLMFAST_PEERS, the peers"
+	@echo "make gpu     with an NVIDIA GPU: build, test, sanitize, tune and measure its kernels (GPU_FLAGS='--minutes 25 --full')"
+	@echo "make gpu-rehearsal   the same stages without a GPU, on the CPU"
 	@echo "make clean   remove everything that was built"
 
 # One environment for everything; pinned by constraints.txt, rebuilt when the sources of the extension change.
@@ -60,6 +62,13 @@ fuzz: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py
+
+# With this machine's own Python and torch: no environment is made, nothing is fetched.
+gpu:
+	$(PYTHON) tools/gpu.py $(GPU_FLAGS)
+
+gpu-rehearsal: $(VENV)/ready
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/gpu.py --rehearse --again --minutes 30 --patience 5 $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist .ci/work *.egg-info llmfast/*.so

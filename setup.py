@@ -147,9 +147,11 @@ class WithResults(build_py):
         super().run()
         if self.editable_mode:
             return  # the checkout has them
-        for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-            self.mkpath(f"{self.build_lib}/llmfast/results")
-            self.copy_file(str(path), f"{self.build_lib}/llmfast/results/{path.name}")
+        results = ROOT / "benchmarks" / "results"
+        for path in sorted(results.rglob("ops*.json")):
+            target = Path(self.build_lib, "llmfast", "results", path.relative_to(results))
+            self.mkpath(str(target.parent))
+            self.copy_file(str(path), str(target))
 
 
 class PlatformWheel(bdist_wheel):

@@ -18,7 +18,8 @@ wanted = {"llmfast/_kernels.so", "llmfast/py.typed"}
 wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "llmfast").rglob("*.py")}
 wanted |= {f"llmfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
 wanted |= {f"llmfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels/configs").glob("*.json")}
-wanted |= {f"llmfast/results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.json")}
+recorded = ROOT / "benchmarks" / "results"
+wanted |= {f"llmfast/results/{path.relative_to(recorded).as_posix()}" for path in recorded.rglob("ops*.json")}
 query = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
 for python in [sys.executable, *pythons]:
     wanted.add(f"llmfast/_C{subprocess.check_output([python, '-c', query], text=True).strip()}")

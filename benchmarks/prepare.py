@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import shutil
 import statistics
 import subprocess
@@ -22,38 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmfast.data import stdlib_sources
+from llmfast.bench.data import resident_bytes, write_corpus
 
-DOCUMENT_CHARACTERS = 4000
 REFERENCE_BYTES = 32 << 20  # a sample of the corpus is enough to time tiktoken
-
-
-def write_corpus(path: Path, size: int, seed: int = 1) -> None:
-    """``size`` bytes of {"text": ...} lines, each a slice of the standard library with some letters changed."""
-    draw = random.Random(seed)
-    text = "".join(path.read_text(encoding="utf-8") for path in stdlib_sources()).encode("ascii", "ignore")
-    written = 0
-    with open(path, "w", encoding="utf-8", buffering=1 << 20) as file:
-        while written < size:
-            start = draw.randrange(len(text) - 2 * DOCUMENT_CHARACTERS)
-            document = bytearray(text[start : start + draw.randrange(100, 2 * DOCUMENT_CHARACTERS)])
-            for _ in range(len(document) // 100):
-                document[draw.randrange(len(document))] = draw.randrange(97, 123)
-            written += file.write(json.dumps({"text": document.decode()}) + "\n")
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and all its descendants; 0 once it has gone."""
-    total = 0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                total = int(line.split()[1]) * 1024
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(resident_bytes(int(child)) for child in (thread / "children").read_text().split())
-    except OSError:
-        return total
-    return total
 
 
 PREPARE = """

@@ -4,7 +4,7 @@ Each provider lives in a process of its own, because allocator and matmul settin
 bfloat16 (autocast) are two. The processes take turns, so that whatever else the machine does hits all of them alike; a
 sample during which other processes used the cores is taken again. The figure is the median of the undisturbed ones.
 Models that do not fit into memory together run in parts, several times over. What "tuned", the floor and the memory
-mean stands in step_providers.py.
+mean stands in llmfast/bench/steps.py.
 
     LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 30m --json out.json
     LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 124m --isa avx2
@@ -15,21 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import date
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from step_providers import PEERS, PROVIDERS, Floor, Provider, Shape, timed
+import torch
+
+from llmfast.bench.environment import header
+from llmfast.bench.steps import PEERS, PROVIDERS, Shape
+from llmfast.bench.train import DISTURBED, measure
+from llmfast.ops.describe import cpu_name
 
 SHAPES = {
     "char": Shape(4, 4, 128, 65, 64, 12),
@@ -37,7 +33,6 @@ SHAPES = {
     "124m": Shape(12, 12, 768, 50304, 512, 1),
     "124m-1024": Shape(12, 12, 768, 50304, 1024, 1),
 }
-DISTURBED = 0.05  # share of the cores that other processes used during a sample
 QUICK = ["llmfast", "llmfast torch", "nanogpt", "eager", "eager tuned", "floor"]
 # Speed of the first over the second, at least this.
 TARGETS = {
@@ -58,103 +53,6 @@ MEMORY_TARGETS = [("llmfast fp32", "nanogpt fp32", 0.5), ("llmfast bf16", "nanog
 ISA_TARGETS = [(f"llmfast {d}", f"{peer} tuned {d}", 1.0) for d in ("fp32", "bf16") for peer in ("nanogpt", "eager")]
 
 
-def others_seconds() -> float:
-    """CPU seconds that this machine has spent on anything but this process."""
-    try:
-        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    except OSError:
-        return 0.0
-    busy = sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
-    return busy - sum(os.times()[:2])
-
-
-def sample(provider: Any, least: float = 0.3) -> tuple[float, float]:
-    """Seconds of one step, averaged over ``least`` seconds, and the share of the machine that others used meanwhile."""
-    before, start, steps = others_seconds(), time.perf_counter(), 0
-    seconds = 0.0
-    while time.perf_counter() - start < least:
-        seconds += provider.seconds() if isinstance(provider, Floor) else timed(provider.step)
-        steps += 1
-    elapsed = time.perf_counter() - start
-    return seconds / steps, (others_seconds() - before - 0.02) / elapsed / (os.cpu_count() or 1)
-
-
-def serve(name: str, shape: Shape, pipe: Connection) -> None:
-    """In the provider's own process: build, warm up, report, then one sample a request."""
-    try:
-        kind, _, dtype = name.rpartition(" ")
-        provider = Floor(shape, dtype) if kind == "floor" else Provider(kind, shape, dtype)
-        extra = provider.extra_bytes()
-        pipe.send({"losses": list(provider.losses), "extra": extra, "setting": provider.setting})
-        while pipe.recv():
-            pipe.send(sample(provider))
-    except Exception as error:  # a provider that cannot run says why and leaves the table
-        pipe.send(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
-@contextmanager
-def workers(names: list[str], shape: Shape, facts: dict[str, Any]) -> Iterator[dict[str, Connection]]:
-    """A process for each name, ready to take steps; what they report goes into ``facts``."""
-    spawn = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    for name in names:  # one after the other: the warm-up should not be disturbed either
-        ours, theirs = spawn.Pipe()
-        processes.append(spawn.Process(target=serve, args=(name, shape, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()
-        try:
-            answer = ours.recv()
-        except EOFError:
-            answer = "its process ended"
-        if isinstance(answer, dict):
-            pipes[name], facts[name] = ours, answer
-            print(f"ready: {name}", file=sys.stderr, flush=True)
-        else:
-            print(f"{name}: cannot run: {answer}", file=sys.stderr, flush=True)
-    try:
-        yield pipes
-    finally:
-        for pipe in pipes.values():
-            pipe.send(False)
-        for process in processes:
-            process.join(30)
-
-
-def parts(names: list[str], shape: Shape) -> list[list[str]]:
-    """The names in as few groups as memory allows, of about equal size."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    each = 16 * shape.parameters + 16 * shape.tokens * shape.vocab_size + (1 << 29)
-    room = max(1, int(0.7 * memory / each))
-    count = -(-len(names) // room)
-    return [names[i::count] for i in range(count)]
-
-
-def measure(
-    names: list[str], shape: Shape, turns: int, repeats: int
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Any]]:
-    """Every sample (seconds, share of others) and what each provider reported.
-
-    A disturbed sample is taken again, ``repeats`` times at most.
-    """
-    samples: dict[str, list[tuple[float, float]]] = {}
-    facts: dict[str, Any] = {}
-    groups = parts(names, shape)
-    passes = 1 if len(groups) == 1 else min(3, turns)
-    for _ in range(passes):
-        for group in groups:
-            with workers(group, shape, facts) as pipes:
-                for _ in range(-(-turns // passes)):
-                    for name, pipe in pipes.items():
-                        for _ in range(1 + repeats):
-                            pipe.send(True)
-                            taken = pipe.recv()
-                            samples.setdefault(name, []).append(taken)
-                            if taken[1] <= DISTURBED:
-                                break
-    return samples, facts
-
-
 def judge(figures: dict[str, float], pairs: list[tuple[str, str, float]], below: bool) -> list[dict[str, Any]]:
     """Targets against what was measured: figures are tokens/s (at least the factor) or bytes (``below``: at most)."""
     rows = []
@@ -167,39 +65,9 @@ def judge(figures: dict[str, float], pairs: list[tuple[str, str, float]], below:
     return rows
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in ("llmfast", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def provenance() -> dict[str, Any]:
     """What a recorded run was: the command, the day, the commit, the machine and the versions."""
-    here = Path(__file__).resolve().parent
-    describe = ["git", "-C", str(here), "describe", "--always", "--dirty=-dirty", "--abbrev=12"]
-    return {
-        "schema": 1,
-        "command": " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": str(date.today()),
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": versions(),
-        "torch": versions().get("torch"),
-    }
+    return header("script", torch.device("cpu"))
 
 
 def main() -> None:
@@ -238,7 +106,7 @@ def main() -> None:
         targets += judge(extra, MEMORY_TARGETS, below=True)
 
     base = "nanogpt fp32" if "nanogpt fp32" in speed else "eager fp32"
-    print(f"shape {args.shape}: {shape}, kernels {args.isa or 'best'}, torch {versions().get('torch')}, {cpu_name()}")
+    print(f"shape {args.shape}: {shape}, kernels {args.isa or 'best'}, torch {torch.__version__}, {cpu_name()}")
     head = (
         f"{'provider':26} {'ms/step':>9} {'tokens/s':>9} {'x ' + base:>15} {'of floor':>9} {'extra MB':>9} {'quiet':>7}"
     )

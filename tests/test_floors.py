@@ -15,7 +15,7 @@ FLOORS = {
     "nn": 2, "data": 2,
     "checkpoint": 3, "generation": 3, "interop": 3,
     "training": 4,
-    "finetuning": 5, "evaluation": 5,
+    "finetuning": 5, "evaluation": 5, "bench": 5,
     "cli": 6,
 }  # fmt: skip
 # Doors upwards, opened inside a function and only for what another program wrote: (file, room).

@@ -29,6 +29,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("llmfast.cli.convert", "models of other programs, in and out"),
     "judge": ("llmfast.cli.judge", "score a model's responses, by a judge model or against the references"),
     "reproduce": ("llmfast.cli.reproduce", "the book's figures, expected beside got, from OpenAI's GPT-2 weights"),
+    "report": ("llmfast.cli.report", "training runs and benchmarks as one HTML page"),
+    "bench": ("llmfast.cli.bench", "how fast this machine is, beside PyTorch and the peers"),
 }
 
 EXIT_BUG = 1

@@ -137,12 +137,13 @@ def test_a_build_that_cannot_be_says_why_in_one_line(source, environment, says):
 def test_without_compiled_parts_the_wheel_fits_every_machine(source):
     results = source / "benchmarks" / "results"
     results.mkdir(parents=True)
-    (results / "h200.json").write_text("{}")
+    (results / "nvidia-h200").mkdir()
+    (results / "nvidia-h200" / "ops-mlp.json").write_text("{}")
     done = setup(source, "-q", "bdist_wheel", LLMFAST_BUILD="none", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     (wheel,) = (source / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "llmfast/kernels/__init__.py" in names
-    assert "llmfast/results/h200.json" in names  # where llmfast.ops looks for evidence
+    assert "llmfast/results/nvidia-h200/ops-mlp.json" in names  # where llmfast.ops looks for evidence
     assert not [name for name in names if name.endswith(".so")]

@@ -1,25 +1,32 @@
-"""Who takes a step in ``train_step.py``: llmfast, plain PyTorch, nanoGPT, Hugging Face, the matrix products alone.
+"""Who takes a whole training step: llmfast, plain PyTorch, the ladder of a naive GPT made fast, and the peers.
 
 Every provider starts from the same weights and batch, and takes the same step: forward, backward, clipping at norm 1,
-AdamW. The peers get PyTorch's fused AdamW, which on a CPU is kinder to nanoGPT than its own choice.
+AdamW. The peers get PyTorch's fused AdamW, which on a CPU is kinder to nanoGPT than its own choice. The book's and
+train-llm-from-scratch's models have other parameters: their losses are their own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import math
 import os
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmfast.bench.case import resident
+from llmfast.errors import UserError
+
 BACKEND = ExitStack()  # holds the backend of this process for its whole life
-PEERS = "LLMFAST_PEERS"  # the folder that holds nanoGPT
-# as its users run it, and tuned: an allocator that keeps its pages, and whichever float32 matmul precision is faster
+PEERS = "LLMFAST_PEERS"  # the folder that holds nanoGPT, llm.c, LLMs-from-scratch and train-llm-from-scratch
+# As its users run it, and tuned: an allocator that keeps its pages, and whichever float32 matmul precision is faster.
 PROVIDERS = [
     "llmfast", "llmfast torch",
     "nanogpt", "nanogpt tuned", "nanogpt compile", "nanogpt compile tuned",
@@ -27,6 +34,14 @@ PROVIDERS = [
     "eager", "eager tuned", "compile", "compile tuned",
     "floor",
 ]  # fmt: skip
+# Each rung adds one thing to those before it.
+LADDER = [
+    "naive", "tf32", "fused-adamw", "bf16", "native-norm-gelu", "flash", "compile", "padded-vocab", "larger-batch",
+]  # fmt: skip
+FOLDERS = {
+    "nanogpt": "nanoGPT", "llm.c": "llm.c", "book": "LLMs-from-scratch", "book fast": "LLMs-from-scratch",
+    "train-llm-from-scratch": "train-llm-from-scratch",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class Shape:
         return 12 * self.n_layer * self.n_embd**2 + (self.vocab_size + self.block_size) * self.n_embd
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         return {k: getattr(self, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size")}
 
 
@@ -57,9 +72,21 @@ def plain_gpt(s: Shape) -> Any:
     from torch import nn
     from torch.nn import functional as F
 
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def gelu(x):
+        return F.gelu(x, approximate="tanh")
+
     class Block(nn.Module):
+        attend: Any
+        gelu: Any
+        attn: Any
+        mlp: Any
+
         def __init__(self):
             super().__init__()
+            self.attend, self.gelu = attend, gelu
             self.ln_1, self.ln_2 = nn.LayerNorm(s.n_embd), nn.LayerNorm(s.n_embd)
             self.attn, self.mlp = nn.Module(), nn.Module()
             self.attn.c_attn, self.attn.c_proj = nn.Linear(s.n_embd, 3 * s.n_embd), nn.Linear(s.n_embd, s.n_embd)
@@ -68,9 +95,9 @@ def plain_gpt(s: Shape) -> Any:
         def forward(self, x):
             B, T, C = x.shape
             q, k, v = self.attn.c_attn(self.ln_1(x)).view(B, T, 3, s.n_head, -1).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = self.attend(q, k, v)
             x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))
-            return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+            return x + self.mlp.c_proj(self.gelu(self.mlp.c_fc(self.ln_2(x))))
 
     class GPT(nn.Module):
         def __init__(self):
@@ -80,18 +107,67 @@ def plain_gpt(s: Shape) -> Any:
             self.ln_f = nn.LayerNorm(s.n_embd)
 
         def forward(self, x, y):
-            h = self.h(self.wte(x) + self.wpe(torch.arange(x.shape[1])))
+            h = self.h(self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device)))
             logits = F.linear(self.ln_f(h), self.wte.weight)
             return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
     return GPT()
 
 
-def nanogpt(s: Shape) -> Any:
-    sys.path.insert(0, str(Path(os.environ[PEERS]) / "nanoGPT"))
-    from model import GPT, GPTConfig
+def naive_gpt(s: Shape, rungs: list[str]) -> Any:
+    """The GPT-2 of a first lesson, formula by formula, and with the rungs' own pieces of PyTorch instead."""
+    import torch
+    from torch import nn
 
-    return GPT(GPTConfig(dropout=0.0, bias=True, **s.sizes))
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(s.n_embd)), nn.Parameter(torch.zeros(s.n_embd))
+
+        def forward(self, x):
+            mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+            return self.weight * (x - mean) / torch.sqrt(var + 1e-5) + self.bias
+
+    def gelu(x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+    def attend(q, k, v):
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        mask = torch.triu(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device), diagonal=1)
+        return scores.masked_fill(mask, float("-inf")).softmax(-1) @ v
+
+    model = plain_gpt(s)
+    if "native-norm-gelu" not in rungs:
+        model.ln_f = Norm()
+        for block in model.h:
+            block.ln_1, block.ln_2, block.gelu = Norm(), Norm(), gelu
+    if "flash" not in rungs:
+        for block in model.h:
+            block.attend = attend
+    return model
+
+
+def peer(kind: str, s: Shape) -> Any:
+    """The model of a checkout under LLMFAST_PEERS; ``forward`` as that program has it."""
+    folder = Path(os.environ.get(PEERS, "")) / FOLDERS[kind]
+    if PEERS not in os.environ or not folder.is_dir():
+        raise UserError(f"no {FOLDERS[kind]} under {PEERS}")
+    inside = {"book": "pkg", "book fast": "pkg"}.get(kind, "")
+    sys.path.insert(0, str(folder / inside))
+    if kind == "nanogpt":
+        module = importlib.import_module("model")
+        return module.GPT(module.GPTConfig(dropout=0.0, bias=True, **s.sizes))
+    if kind == "llm.c":
+        module = importlib.import_module("train_gpt2")
+        vars(module)["FLASH"] = 1
+        return module.GPT(module.GPTConfig(**s.sizes))
+    if kind == "train-llm-from-scratch":
+        module = importlib.import_module("src.models.transformer")
+        return module.Transformer(s.n_head, s.n_embd, s.block_size, s.vocab_size, s.n_layer)
+    module = importlib.import_module("llms_from_scratch.ch04")
+    sizes: dict[str, Any] = {"vocab_size": s.vocab_size, "context_length": s.block_size, "emb_dim": s.n_embd}
+    sizes |= {"n_heads": s.n_head, "n_layers": s.n_layer, "drop_rate": 0.0, "qkv_bias": True}
+    return (module.GPTModelFast if kind == "book fast" else module.GPTModel)(sizes)
 
 
 def huggingface(s: Shape) -> Any:
@@ -116,6 +192,13 @@ def same_weights(model: Any, transposed: bool) -> None:
                 p.add_(1.0)
 
 
+def climbed(s: Shape, rungs: list[str]) -> Shape:
+    """The shape at the last of these rungs."""
+    if "padded-vocab" in rungs:
+        s = replace(s, vocab_size=-(-s.vocab_size // 64) * 64)
+    return replace(s, batch_size=4 * s.batch_size) if "larger-batch" in rungs else s
+
+
 def keep_pages() -> None:
     """What ``llmfast.tune_process`` does to glibc's malloc."""
     libc = ctypes.CDLL(None)
@@ -126,43 +209,69 @@ def keep_pages() -> None:
 class Provider:
     """Takes training steps. ``step()`` returns the loss; ``setting`` says what was tuned."""
 
-    def __init__(self, name: str, s: Shape, dtype: str) -> None:
+    def __init__(self, name: str, s: Shape, dtype: str, device: str = "cpu") -> None:
         import torch
 
         torch.manual_seed(0)
         self.name, self.dtype, self.setting, self.count = name, dtype, "", 0
+        self.device = torch.device(device)
         kind, *options = name.split()
-        compiled = "compile" in (kind, *options)
+        rungs = LADDER[: LADDER.index(options[0]) + 1] if kind == "ladder" else []
+        if rungs:
+            self.dtype = "bf16" if "bf16" in rungs else "fp32"
+            s = climbed(s, rungs)
+            if "tf32" in rungs:
+                torch.set_float32_matmul_precision("high")
+        self.tokens = s.tokens
+        compiled = "compile" in (kind, *options, *rungs)
         g = torch.Generator().manual_seed(1)
-        self.x = torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g)
-        self.y = torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g)
+        x, y = (torch.randint(s.vocab_size, (s.batch_size, s.block_size), generator=g) for _ in "xy")
+        self.x, self.y = x.to(self.device), y.to(self.device)
         if kind == "llmfast":
             self._llmfast(s, options)
         else:
             if "tuned" in options:
                 keep_pages()
-            make = {"nanogpt": nanogpt, "huggingface": huggingface}.get(kind, plain_gpt)
-            self._before = resident()
-            model = make(s)
-            same_weights(model, transposed=kind == "huggingface")
-            self.parameters = list(model.parameters())
-            optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
-            run = torch.compile(model) if compiled else model
-            self._loss = {
-                "nanogpt": lambda: run(self.x, self.y)[1],
-                "huggingface": lambda: run(input_ids=self.x, labels=self.y, shift_labels=self.y).loss,
-            }.get(kind, lambda: run(self.x, self.y))
-
-            def update(loss: Any) -> None:
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-            self._update = update
+            self._before = resident("VmRSS")
+            self._another(s, name if name in FOLDERS else kind, rungs, compiled)
         self.losses = [self.step() for _ in range(3)]
         if "tuned" in options:
             self._choose_precision(compiled)
+
+    def _another(self, s: Shape, kind: str, rungs: list[str], compiled: bool) -> None:
+        import torch
+        from torch.nn import functional as F
+
+        if kind in FOLDERS:
+            model = peer(kind, s)
+        else:
+            model = huggingface(s) if kind == "huggingface" else naive_gpt(s, rungs) if rungs else plain_gpt(s)
+        same_weights(model, transposed=kind == "huggingface")
+        model.to(self.device)
+        self.parameters = list(model.parameters())
+        fused = not rungs or "fused-adamw" in rungs
+        optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=fused or None, foreach=None if fused else False)
+        run = torch.compile(model) if compiled else model
+
+        def book() -> Any:
+            return F.cross_entropy(run(self.x).flatten(0, 1), self.y.flatten())
+
+        self._loss = {
+            "nanogpt": lambda: run(self.x, self.y)[1],
+            "llm.c": lambda: run(self.x, self.y, return_logits=False)[1],
+            "huggingface": lambda: run(input_ids=self.x, labels=self.y, shift_labels=self.y).loss,
+            "book": book,
+            "book fast": book,
+            "train-llm-from-scratch": lambda: run(self.x, self.y)[1],
+        }.get(kind, lambda: run(self.x, self.y))
+
+        def update(loss: Any) -> None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        self._update = update
 
     def _llmfast(self, s: Shape, options: list[str]) -> None:
         """Through the model, the optimizer and the update that ``llmfast pretrain`` uses."""
@@ -175,14 +284,16 @@ class Provider:
         from llmfast.training.update import Update
 
         self.setting = str(llmfast.tune_process())
-        BACKEND.enter_context(ops.use_backend("torch" if "torch" in options else "auto"))
-        self._before = resident()
+        backend = options[0] if options else "auto"
+        BACKEND.enter_context(ops.use_backend(our_kernels(self.device) if backend == "ours" else backend))
+        self._before = resident("VmRSS")
         model = llmfast.GPT(GPTConfig(bias=True, **s.sizes))
         same_weights(model, transposed=False)
+        model.to(self.device)
         self.parameters = list(model.parameters())
         optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-4, weight_decay=0.01, beta2=0.999))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
-        update = Update(optimizer, 1.0, torch.device("cpu"), dtype)
+        update = Update(optimizer, 1.0, self.device, dtype)
         self._loss = lambda: model(self.x, self.y)[1]
 
         def apply(loss: Any) -> None:
@@ -214,7 +325,7 @@ class Provider:
     def step(self) -> float:
         import torch
 
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bf16"):
             loss = self._loss()
         self._update(loss)
         return loss.item()
@@ -225,6 +336,13 @@ class Provider:
         The kernel's high-water mark of resident memory (VmHWM, set back through clear_refs), less what the process held
         before the model was built, less four times the parameters. Memory that an allocator keeps counts.
         """
+        import torch
+
+        held = sum(4 * p.numel() * p.element_size() for p in self.parameters)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step(), self.step()
+            return torch.cuda.max_memory_allocated(self.device) - held
         if self._before is None:
             return None
         try:
@@ -232,7 +350,6 @@ class Provider:
         except OSError:
             return None
         self.step(), self.step()
-        held = sum(4 * p.numel() * p.element_size() for p in self.parameters)
         return (resident("VmHWM") or 0) - self._before - held
 
 
@@ -273,21 +390,27 @@ class Floor:
             for precision in self.precisions:
                 torch.set_float32_matmul_precision(precision)
                 torch.mm(a, b, out=out)
-                best = min(best, *(timed(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for _ in range(2)))
+                best = min(best, *(timed(partial(torch.mm, a, b, out=out)) for _ in range(2)))
             total += count * best
         return total
+
+
+def our_kernels(device: Any) -> str:
+    """The setting that forces llmfast's own kernel wherever there is one for ``device``, proven or not."""
+    import torch
+
+    from llmfast.ops._registry import OPS
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    own: dict[str, str] = {}
+    for name, op in OPS.items():
+        for implementation in op.implementations:
+            if implementation.by == "ours" and not implementation.why_not_on(device, dtype):
+                own.setdefault(name, implementation.backend)
+    return ",".join(["auto", *(f"{name}={backend}" for name, backend in own.items())])
 
 
 def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def resident(field: str = "VmRSS") -> int | None:
-    """Bytes from /proc/self/status."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-    except (OSError, StopIteration):
-        return None
