@@ -6,7 +6,7 @@ after ``llmfast.tune_process()`` (an allocator that keeps its pages), where the 
 matmul precision is faster. A second process a model does that, for the allocator cannot be set back. The ratio is the
 median over the turns of original / accelerated, its spread the quarter and three quarter points.
 
-    LLMFAST_PEERS=folder/with/nanoGPT/and/LLMs-from-scratch python benchmarks/accelerate.py --json out.json
+    LLMFAST_PEERS=folder/with/nanoGPT/and/LLMs-from-scratch python benchmarks/accelerated_models.py --json out.json
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def build(name: str) -> tuple[Any, Callable[[], Any]]:
     return model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
-def measure(name: str, tuned: bool, turns: int, results: Any) -> None:
+def measure(name: str, tuned: bool, turns: int) -> dict[str, Any]:
     """Seconds of a step, original and accelerated, turn by turn, and the first losses of both."""
     import torch
 
@@ -95,7 +96,7 @@ def measure(name: str, tuned: bool, turns: int, results: Any) -> None:
             torch.set_float32_matmul_precision(precision if kind == "original" else "highest")
             step()
             taken[kind].append(min(step()[0] for _ in range(2)))
-    results.put({"seconds": taken, "losses": first, "setting": setting})
+    return {"seconds": taken, "losses": first, "setting": setting}
 
 
 def main() -> None:
@@ -111,11 +112,8 @@ def main() -> None:
     )
     for name in args.models:
         for tuned in (False, True):
-            results = spawn.Queue()
-            process = spawn.Process(target=measure, args=(name, tuned, args.turns, results))
-            process.start()
-            row = results.get(timeout=600)
-            process.join()
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                row = process.submit(measure, name, tuned, args.turns).result()
             ratios = [a / b for a, b in zip(row["seconds"]["original"], row["seconds"]["accelerated"], strict=True)]
             low, ratio, high = statistics.quantiles(ratios, n=4)
             target = 1.0 if tuned else TARGET
@@ -130,7 +128,7 @@ def main() -> None:
 
         record = {
             "schema": 1,
-            "command": " ".join(["benchmarks/accelerate.py", *sys.argv[1:]]),
+            "command": " ".join(["benchmarks/accelerated_models.py", *sys.argv[1:]]),
             "date": str(date.today()),
             "device": f"{cpu_name()}, {os.cpu_count()} cores",
             "platform": platform.platform(),
