@@ -123,20 +123,24 @@ def main() -> None:
             print(f"{name:12} {kind:8} {ms['original']:12.0f} {ms['accelerated']:12.0f} {ratio:6.2f} "
                   f"{low:5.2f} - {high:4.2f} {verdict:>7}", flush=True)  # fmt: skip
             rows.append({"model": name, "tuned": tuned, "ratio": ratio, "spread": [low, high], "target": target, **row})
-    if args.json:
-        from train_step import cpu_name, versions
+            if args.json:  # after each row, so that what is measured is kept
+                write(args.json, rows)
 
-        record = {
-            "schema": 1,
-            "command": " ".join(["benchmarks/accelerated_models.py", *sys.argv[1:]]),
-            "date": str(date.today()),
-            "device": f"{cpu_name()}, {os.cpu_count()} cores",
-            "platform": platform.platform(),
-            "versions": versions(),
-            "tokens": B * T,
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    from train_step import cpu_name, versions
+
+    record = {
+        "schema": 1,
+        "command": " ".join(["benchmarks/accelerated_models.py", *sys.argv[1:]]),
+        "date": str(date.today()),
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "platform": platform.platform(),
+        "versions": versions(),
+        "tokens": B * T,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

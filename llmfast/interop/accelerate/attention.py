@@ -38,14 +38,13 @@ class Attention:
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, H, T, D)."""
-        B, T, _ = x.shape
         ys = [project(source, x) for source in self.sources]
         if len(ys) == 1:
-            q, k, v = ys[0].view(B, T, 3, self.heads, -1).unbind(2)
+            q, k, v = ys[0].unflatten(-1, (3, self.heads, ys[0].shape[-1] // (3 * self.heads))).unbind(2)
         else:
             n = len(ys) // 3
             thirds = [ys[i * n] if n == 1 else torch.cat(ys[i * n : (i + 1) * n], -1) for i in range(3)]
-            q, k, v = (y.view(B, T, self.heads, -1) for y in thirds)
+            q, k, v = (y.unflatten(-1, (self.heads, y.shape[-1] // self.heads)) for y in thirds)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def finish(self, y: Tensor) -> Tensor:

@@ -77,7 +77,19 @@ def nanogpt(dropout: float = 0.0, bias: bool = True) -> Any:
 BOOK = {
     "ch04": ("LLMs-from-scratch/ch04/01_main-chapter-code", "gpt", "GPTModel"),
     "kv cache": ("LLMs-from-scratch/ch04/03_kv-cache", "gpt_with_kv_cache", "GPTModel"),
+    "kv cache, optimized": ("LLMs-from-scratch/ch04/03_kv-cache", "gpt_with_kv_cache_optimized", "GPTModel"),
+    "gqa": ("LLMs-from-scratch/ch04/04_gqa", "gpt_with_kv_gqa", "GPTModel"),
+    "mla": ("LLMs-from-scratch/ch04/05_mla", "gpt_with_kv_mla", "GPTModel"),
+    "swa": ("LLMs-from-scratch/ch04/06_swa", "gpt_with_kv_swa", "GPTModel"),
+    "moe": ("LLMs-from-scratch/ch04/07_moe", "gpt_with_kv_moe", "GPTModel"),
     "fast": ("LLMs-from-scratch/ch05/10_llm-training-speed", "01_opt_single_gpu", "GPTModel"),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gqa": dict(n_kv_groups=1),
+    "mla": dict(latent_dim=16),
+    "swa": dict(sliding_window_size=16, sliding_window_stride=2, swa_ratio=1),
+    "moe": dict(hidden_dim=64, num_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -86,7 +98,7 @@ def book(which: str = "ch04", dropout: float = 0.0, qkv_bias: bool = False) -> A
         warnings.simplefilter("ignore")
         module = peer(*BOOK[which][:2])
     sizes = dict(vocab_size=V, context_length=T, emb_dim=C, n_heads=HEADS, n_layers=LAYERS)
-    settings = dict(sizes, drop_rate=dropout, qkv_bias=qkv_bias, kv_window_size=T)
+    settings = dict(sizes, drop_rate=dropout, qkv_bias=qkv_bias, kv_window_size=T, **OPTIONS.get(which, {}))
     return spread(getattr(module, BOOK[which][2])(settings))
 
 
@@ -109,5 +121,6 @@ MODELS = {
     "book": book,
     "book with qkv bias": lambda: book(qkv_bias=True),
     "book with cache": lambda: book("kv cache"),
+    "book with cache, optimized": lambda: book("kv cache, optimized"),
     "book, fast": lambda: book("fast"),
 }

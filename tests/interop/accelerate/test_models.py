@@ -79,6 +79,35 @@ def test_loss_and_gradients_are_the_models_own_and_restore_gives_back_its_bits(n
         assert torch.equal(again, first)
 
 
+@pytest.mark.parametrize(
+    ("name", "stays"),
+    [("gqa", "att.W_query"), ("mla", "att.W_query"), ("swa", "att.W_query"), ("moe", "ff.gate")],
+)
+def test_the_books_other_attentions_and_experts_stay_and_the_rest_is_swapped(name, stays, backend):
+    model = book(name)
+    for p in model.parameters():  # an expert that no token asks for has no gradient
+        p.grad = torch.zeros_like(p)
+    loss_of(model, X).backward()
+    wanted = [p.grad for p in model.parameters()]
+    report = llmfast.accelerate(model)
+    assert {e.swap for e in report.swapped} == {"layer norm", "head", "attention" if name == "moe" else "mlp"}
+    assert f"trf_blocks.0.{stays}" in {e.name for e in report.kept}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    loss_of(model, X).backward()
+    assert_equal([p.grad for p in model.parameters()], wanted)
+
+
+def test_nothing_but_the_instance_changes():
+    one, other = hugging_face(), hugging_face()
+    classes = {type(m): dict(vars(type(m))) for m in one.modules()}
+    functions = {module: dict(vars(module)) for module in (torch.nn.functional, torch.nn, torch)}
+    llmfast.accelerate(one)
+    assert all(dict(vars(kind)) == before for kind, before in classes.items())
+    assert all(dict(vars(module)) == before for module, before in functions.items())
+    assert all(swap_of(m) is None for m in other.modules())
+
+
 @native
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_layers_run_in_one_call(name, fused_calls):
@@ -175,6 +204,17 @@ def test_other_heads_of_hugging_face(kind, backend):
     torch.testing.assert_close(model(X, **options)[0], wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [hugging_face, nanogpt, book])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1)])
+def test_batches_of_nothing_and_of_one_token(make, shape, backend):
+    model, ids = make().eval(), torch.ones(shape, dtype=torch.long)
+    with torch.no_grad():
+        wanted = logits_of(model, ids)
+        llmfast.accelerate(model)
+        found = logits_of(model, ids)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["right", "left", "none"])
 def test_greedy_texts_are_the_same_with_and_without_padding(side, backend):
     model = hugging_face().eval()
@@ -194,10 +234,14 @@ def test_greedy_texts_are_the_same_with_and_without_padding(side, backend):
     assert torch.equal(model.generate(X * mask, **call), wanted)
 
 
+def logits_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    out = model(ids)
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
 def greedy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     for _ in range(10):
-        out = model(ids)
-        ids = torch.cat([ids, (out[0] if isinstance(out, tuple) else out)[:, -1:].argmax(-1)], 1)
+        ids = torch.cat([ids, logits_of(model, ids)[:, -1:].argmax(-1)], 1)
     return ids
 
 
