@@ -284,14 +284,14 @@ class FinetuneConfig(TrainConfig):
     )
     lora_split_qkv: bool = option(False, "one adapter each for query, key and value, instead of one for all three")
 
-    epochs: float | None = option(3.0, "passes over the training examples; replaces --max-steps")
+    epochs: float | None = option(3.0, "passes over the training examples")
     learning_rate: float = option(5e-5, "peak learning rate")
     warmup_steps: int = option(10, "steps of linear warm-up")
     eval_every: int | None = option(None, "steps between evaluations (default: once an epoch; 0: only at the end)")
     eval_batches: int = option(0, "micro batches in one evaluation (0: the whole split)")
 
     # Options of the loop that fine-tunings do not have.
-    hidden: ClassVar[tuple[str, ...]] = ("block_size", "stride", "sampling", "shuffle")
+    hidden: ClassVar[tuple[str, ...]] = ("max_steps", "block_size", "stride", "sampling", "shuffle")
 
     @property
     def lora(self) -> LoRAConfig:
@@ -349,7 +349,7 @@ class InstructConfig(ConversationConfig):
 
     mask_instruction: bool = option(False, "learn the responses only, not the prompts")
     packing: bool = option(False, "several conversations in a row of the context's length, kept apart by attention")
-    epochs: float | None = option(2.0, "passes over the training examples; replaces --max-steps")
+    epochs: float | None = option(2.0, "passes over the training examples")
 
 
 @dataclass
@@ -364,9 +364,10 @@ class PreferenceConfig(ConversationConfig):
     precompute_reference: bool = option(
         False, "ask the reference model once, before the training, instead of holding it beside the model"
     )
-    epochs: float | None = option(1.0, "passes over the training examples; replaces --max-steps")
+    epochs: float | None = option(1.0, "passes over the training examples")
     learning_rate: float = option(5e-6, "peak learning rate")
     weight_decay: float = option(0.01, "AdamW weight decay")
+    dropout: float | None = option(0.0, "model option: dropout (the reference has none)")
 
 
 MODEL_OVERRIDES = "vocab_size n_layer n_head n_embd dropout bias qkv_bias activation tie_embeddings init".split()

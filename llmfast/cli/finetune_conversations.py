@@ -63,7 +63,7 @@ def _rows(
     if result.best_val_loss is not None and result.best_val_loss != result.val_loss:
         rows.append(("best validation", f"{result.best_val_loss:.4f} in {result.best_checkpoint}"))
     rows += [
-        (name.removeprefix("val_").replace("_", " "), f"{value:.4f}")
+        (name.removeprefix("val_").replace("_", " "), f"{value:.4g}")
         for name, value in result.metrics.items()
         if name != "val_loss" and isinstance(value, float)
     ]

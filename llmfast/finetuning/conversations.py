@@ -30,6 +30,7 @@ from llmfast.finetuning.prompts import (
 from llmfast.finetuning.responding import respond, write_responses
 from llmfast.finetuning.rows import Row, row_of
 from llmfast.tokenizer import Tokenizer
+from llmfast.tokenizer.base import replace_surrogates
 from llmfast.training import Trainer, TrainResult
 
 T = TypeVar("T")
@@ -74,6 +75,8 @@ def begin(config: C) -> tuple[C, Base, Rows]:
     Nothing is written yet. Raises ``UserError`` for options that make no sense, or none with this model.
     """
     check_before(config)
+    if config.response_tokens < 0:
+        raise UserError(f"response_tokens must be 0 or more, got {config.response_tokens}")
     style = None if config.prompt_style is None else prompt_style(config.prompt_style)
     base = open_base(config)
     end_of_text(base.tokenizer)
@@ -165,7 +168,7 @@ def with_sample_prompt(config: C, style: PromptStyle, conversations: Sequence[Co
         return config
     (*before, (prompt, _)) = style.pieces(conversations[0].prompt)
     text = "".join(asked + (answer or "") for asked, answer in before) + prompt
-    return dataclasses.replace(config, sample_prompt=text)
+    return dataclasses.replace(config, sample_prompt=replace_surrogates(text))
 
 
 def fit_and_answer(

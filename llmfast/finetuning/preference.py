@@ -40,10 +40,7 @@ def finetune_preference(config: PreferenceConfig, *, progress: bool = True) -> t
 
     The run directory is as ``finetune_instruct`` has it. Raises ``UserError`` for what the user can mend.
     """
-    if not config.beta > 0:
-        raise UserError(f"beta must be above 0, got {config.beta}")
-    if config.method == "orpo" and config.precompute_reference:
-        raise UserError("orpo has no reference model: leave --precompute-reference out")
+    check_options(config)
     config, base, rows = begin(config)
     kto = config.method == "kto"
     make: Callable[..., list[Any]] = judged_of
@@ -58,12 +55,12 @@ def finetune_preference(config: PreferenceConfig, *, progress: bool = True) -> t
         examples[name] = with_mismatches(whole, rows) if kto else whole
 
     model = choose_trained(base.model, config, base)
-    reference = None if config.method == "orpo" else reference_of(model, config)
     pad_id = end_of_text(base.tokenizer)
-    if config.precompute_reference and reference is not None:
-        for name in examples:
-            examples[name] = with_reference(examples[name], model, reference, config, pad_id, progress)
-        reference = None  # and with it the second model
+    reference = None
+    if config.precompute_reference:
+        examples = {name: with_reference(part, model, config, pad_id, progress) for name, part in examples.items()}
+    elif config.method != "orpo":
+        reference = reference_of(model, config)
 
     def batches(name: str, seed: int | None) -> Examples[Example]:
         collate = functools.partial(collated, pad_id=pad_id)
@@ -85,6 +82,17 @@ def finetune_preference(config: PreferenceConfig, *, progress: bool = True) -> t
     return fit_and_answer(trainer, rows, splits, prompts["test"], notes)
 
 
+def check_options(config: PreferenceConfig) -> None:
+    """``UserError`` for options that make no sense."""
+    if not config.beta > 0:
+        raise UserError(f"beta must be above 0, got {config.beta}")
+    if config.method == "orpo" and config.precompute_reference:
+        raise UserError("orpo has no reference model: leave --precompute-reference out")
+    weights = (config.desirable_weight, config.undesirable_weight)
+    if min(weights) < 0 or not any(weights):
+        raise UserError(f"desirable_weight and undesirable_weight must be 0 or more, not both 0, got {weights}")
+
+
 def check_training_examples(split: Split[Any], notes: list[str], config: PreferenceConfig) -> None:
     """``UserError`` where KTO has but one kind of examples; a note of pairs that prefer nothing."""
     if config.method == "kto":
@@ -92,6 +100,8 @@ def check_training_examples(split: Split[Any], notes: list[str], config: Prefere
             kind = "desirable" if kinds.pop() else "undesirable"
             raise UserError(f"{config.data}: all examples for training are {kind}, and KTO learns from both kinds")
     elif same := sum(pair.rows[0] == pair.rows[1] for (pair,) in split.examples):
+        if same == len(split):
+            raise UserError(f"{config.data}: every pair for training has one response as chosen and as rejected")
         notes.append(f"{same:,} training pairs have one response as chosen and as rejected: --skip-bad leaves them out")
 
 
@@ -135,14 +145,9 @@ def log_probs(model: Any, inputs: Tensor, targets: Tensor, average: bool) -> Ten
 
 
 def with_reference(
-    examples: Sequence[Example],
-    model: nn.Module,
-    reference: Reference,
-    config: PreferenceConfig,
-    pad_id: int,
-    progress: bool,
+    examples: Sequence[Example], model: nn.Module, config: PreferenceConfig, pad_id: int, progress: bool
 ) -> list[Example]:
-    """``examples`` with the reference's log-probabilities of their rows."""
+    """``examples`` with the log-probabilities of their rows under ``model``, which is still the reference."""
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     ops.tune_process(config.threads)
@@ -151,12 +156,13 @@ def with_reference(
     order = sorted(range(len(found)), key=lambda i: len(found[i]))
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     bar = tqdm(total=len(found), desc="reference", disable=None if progress else True, leave=False)
-    with ops.use_backend(config.backend), autocast, bar:
+    with ops.use_backend(config.backend), autocast, torch.no_grad(), evaluating(model), bar:
         for start in range(0, len(order), config.micro_batch_size):
             part = order[start : start + config.micro_batch_size]
             inputs, targets = (t.to(device) for t in collated([found[i] for i in part], pad_id)[:2])
-            for i, values in zip(part, reference(model, inputs, targets).tolist(), strict=True):
-                found[i] = dataclasses.replace(found[i], reference=tuple(values))
+            values = log_probs(model, inputs, targets, config.average_log_probs).tolist()
+            for i, both in zip(part, values, strict=True):
+                found[i] = dataclasses.replace(found[i], reference=tuple(both))
             bar.update(len(part))
     return found
 

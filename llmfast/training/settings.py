@@ -52,7 +52,8 @@ def resolve(config: TrainConfig, *, device: str, dtype: str, block_size: int, sa
         device=device,
         dtype=dtype,
         max_steps=steps,
-        epochs=None,  # told by max_steps from here on, which a resume may then raise
+        # Told by max_steps from here on, which a resume may then raise; where that is no option, by epochs.
+        epochs=config.epochs if "max_steps" in getattr(config, "hidden", ()) else None,
         batch_size=batch,
         block_size=block_size,
         stride=config.stride or block_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -87,6 +88,14 @@ def test_another_style_or_none_may_be_asked_for(tuned, base, asked, monkeypatch,
 def test_an_empty_instruction_is_refused(tuned, capsys):
     assert main(["generate", "--checkpoint", str(tuned), " "]) == 2
     assert "an instruction is missing" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_resumed_by_its_name_alone(tuned, capsys):
+    before = (tuned / "config.toml").read_bytes()
+    capsys.readouterr()
+    assert main(["finetune", "instruct", "--out", str(tuned), "--resume"]) == 0
+    assert re.search(r"steps +1 in", capsys.readouterr().out)
+    assert (tuned / "config.toml").read_bytes() == before
 
 
 def test_tuning_goes_on_in_the_bases_style(tuned, tmp_path, capsys):

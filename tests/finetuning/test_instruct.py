@@ -277,6 +277,27 @@ def test_bad_data_is_one_clear_error_and_writes_nothing(base, write, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(response_tokens=-1), "response_tokens must be 0 or more, got -1"),
+        (dict(prompt_style="alpacca"), "did you mean alpaca"),
+        (dict(val_data="nowhere.json"), "nowhere.json: No such file"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(base, entries, write, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        finetune_instruct(config(base, write(entries), tmp_path, **options), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_characters_of_json_escapes_do_no_harm(base, write, tmp_path):
+    data = write([{"instruction": "a\ud800", "output": "b\udfff"}] * 30)
+    result, responses = finetune_instruct(config(base, data, tmp_path, epochs=0.2, sample_every=1), progress=False)
+    assert json.loads(responses.read_text())[0]["instruction"] == "a\ufffd"
+    assert "a\ufffd" in (result.out / "samples.txt").read_text()
+
+
 def test_bad_records_are_left_out_and_counted_if_asked(base, entries, write, tmp_path, capsys):
     bad = [{"instruction": "x"}, {"instruction": "", "output": "y"}, {"instruction": "x", "output": "y" * 200}]
     data = write([*entries[:20], *bad, *entries[20:]], "data.jsonl")

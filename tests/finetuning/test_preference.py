@@ -200,11 +200,23 @@ def test_dpo_starts_at_log_2_and_widens_the_margin(base, pairs, write, tmp_path,
     assert result.metrics["val_reward_accuracy"] == 1.0
     assert result.metrics["val_loss"] < 0.68
     assert len(json.loads(responses.read_text())) == 2
+    assert bool(kept) == (not options.get("precompute_reference"))
+    if not kept:
+        return
     (model, reference), before = kept
     assert torch.equal(reference(model, *probe), before)  # bit for bit, and the policy is another one
     assert not torch.equal(preference.log_probs(model, *probe, average=False), before)
     untuned = load_model(base)
     assert torch.equal(preference.log_probs(untuned, *probe, bool(options.get("average_log_probs"))), before)
+
+
+def test_a_base_with_dropout_starts_at_log_2_too(base, pairs, write, tmp_path):
+    model = load_model(base, dropout=0.5)
+    model.save_pretrained(tmp_path / "base")
+    load_tokenizer("byte").save(tmp_path / "base")
+    settings = config(tmp_path / "base", write(pairs), tmp_path, epochs=0.3, response_tokens=0)
+    result, _ = finetune_preference(settings, progress=False)
+    assert lines_of(result)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_precomputed_reference_trains_the_same_model(base, pairs, write, tmp_path):
@@ -247,6 +259,7 @@ def test_kto_from_a_precomputed_reference(base, pairs, write, tmp_path):
     [
         (dict(method="orpo", precompute_reference=True), "orpo has no reference"),
         (dict(beta=0.0), "beta must be above 0"),
+        (dict(desirable_weight=-1.0), "desirable_weight and undesirable_weight must be 0 or more"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(base, pairs, write, tmp_path, options, message):
@@ -275,7 +288,10 @@ def test_equal_responses_are_counted_or_left_out(base, pairs, write, tmp_path, c
     )
 
 
-def test_kto_wants_both_kinds(base, write, tmp_path):
+def test_what_has_nothing_to_prefer_is_refused(base, write, tmp_path):
+    data = write([{"prompt": f"p{i}", "chosen": "c", "rejected": "c"} for i in range(9)])
+    with pytest.raises(UserError, match="every pair for training has one response as chosen and as rejected"):
+        finetune_preference(config(base, data, tmp_path), progress=False)
     data = write([{"prompt": f"p{i}", "completion": "c", "label": True} for i in range(9)])
     with pytest.raises(UserError, match="all examples for training are desirable, and KTO learns from both kinds"):
         finetune_preference(config(base, data, tmp_path, method="kto"), progress=False)
