@@ -6,23 +6,17 @@
 
 #include <algorithm>
 
-#include "cpu/gemm_kernels.h"
+#include "cpu/blocks.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
 namespace llmfast::cpu {
 namespace {
 
-constexpr int64_t kUnits = 1024;                    // of a K block: a panel of it stays in the second cache
-constexpr int64_t kSmallC = 1 << 14;                // below, blocks are short: there, a library sums in short chains too
 constexpr int64_t kColumns = 64;                    // of a task that packs its own B, or one panel
 constexpr int64_t kRows = 1020;                     // of A, in the third cache while the columns go by
 constexpr int64_t kPackedRows = 96;                 // of A, packed for the second cache
 constexpr int64_t kPackedUnits = int64_t(1) << 22;  // of B at once: 16 MB
-constexpr int64_t kMacsPerThread = 1 << 17;         // a second thread must bring more than it costs
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Plan {
   const Product& p;
@@ -32,9 +26,7 @@ struct Plan {
   int64_t threads;
 
   Plan(const Product& product, const GemmKernels& kind) : p(product), kernels(kind) {
-    const int64_t units = std::max<int64_t>(ceil_div(p.K, kernels.depth), 1);
-    const int64_t longest = p.M * p.N <= kSmallC ? kernels.short_units : kUnits;
-    deep = round_up(ceil_div(units, ceil_div(units, longest)), 16) * kernels.depth;
+    deep = block_depth(kernels, p.M, p.N, p.K);
     k_blocks = std::max<int64_t>(ceil_div(p.K, deep), 1);
     threads = std::clamp<int64_t>(p.M * p.N * p.K / kMacsPerThread, 1, torch::stable::get_num_threads());
   }

@@ -15,9 +15,9 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/blocks.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/gemm.h"
-#include "cpu/gemm_kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "stable.h"
@@ -39,11 +39,6 @@ constexpr int64_t kMaxRows = 512;  // more gain nothing
 constexpr int64_t kBlockElements = 1 << 16;  // of the weight in a block: with x and the logits they fill the second cache
 constexpr int64_t kMinWords = 24, kMaxWords = 192;
 constexpr int64_t kSlabs = 48;      // tasks; each sums its part of dx by itself
-constexpr int64_t kUnits = 1024;    // of a block along K
-constexpr int64_t kMacsPerThread = 1 << 17;  // a second thread must bring more than it costs
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 Dtype dtype_of(const char* name, const Tensor& t) {
   if (t.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
@@ -75,17 +70,16 @@ struct Gradients {
   bool any() const { return dx || dweight || dbias; }
 };
 
-// The right operand of products on one thread each, packed: op(B) (K, N).
+// The right operand of products on one thread each, packed: op(B) (K, N). Together the products have M rows; their sums are
+// not cut into blocks where `whole`.
 struct PackedB {
   const GemmKernels& kernels;
   int64_t K, N, deep, width;
   uint32_t* data = nullptr;
 
-  PackedB(const GemmKernels& kind, int64_t k, int64_t n) : kernels(kind), K(k), N(n) {
-    const int64_t units = std::max<int64_t>(ceil_div(k, kind.depth), 1);
-    deep = round_up(ceil_div(units, ceil_div(units, kUnits)), 16) * kind.depth;
-    width = round_up(n, kind.panel);
-  }
+  PackedB(const GemmKernels& kind, int64_t m, int64_t n, int64_t k, bool whole = false)
+      : kernels(kind), K(k), N(n), deep(whole ? round_up(k, 16 * kind.depth) : block_depth(kind, m, n, k)),
+        width(round_up(n, kind.panel)) {}
   int64_t units(int64_t k) const { return ceil_div(k, kernels.depth); }
   int64_t size() const { return ceil_div(K, deep) * units(deep) * width; }
   int64_t panels() const { return width / kernels.panel; }
@@ -180,7 +174,7 @@ class Loss {
     const Operand x = {static_cast<const char*>(x_.data) + start * C_ * (x_.dtype == Dtype::bf16 ? 2 : 4), C_, x_.dtype};
     Operand x_transposed = x;
     x_transposed.transposed = true;
-    PackedB columns(gemm_, C_, n);
+    PackedB columns(gemm_, V_, n, C_);
     pack(columns, x_transposed, columns_room);
     z_target_.resize(n), top_.resize(n), sum_.resize(n), factor_.resize(n), shift_.resize(n);
 
@@ -190,7 +184,7 @@ class Loss {
     });
     statistics(start, n);
     if (!grads_.any()) return;
-    PackedB rows(gemm_, n, C_);
+    PackedB rows(gemm_, V_, C_, n, grads_.dweight_dtype == Dtype::bf16);  // rounded once
     pack(rows, x, rows_room);
     // Backwards: what pass 1 left in the cache is met first.
     std::atomic<int64_t> added{0};
@@ -265,7 +259,7 @@ class Loss {
       kernels().store(dz + at, float(weight * (p - (1.0 - smoothing_) - smoothing_ / double(V_))));
     });
     if (grads_.dbias) kernels().add_rows(dz, stride_, words, n, grads_.dbias + word);
-    PackedB weight(gemm_, words, C_);
+    PackedB weight(gemm_, n, C_, words);
     uint32_t* a = room_a.get<uint32_t>((std::max(n, words_) + 8) * rows.units(std::max(n, words)));
     if (grads_.dweight)
       rows.multiply({dz, stride_, kCompute}, words, 0, words, a,
