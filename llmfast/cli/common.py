@@ -133,10 +133,10 @@ class OpenModel:
 
 
 @contextmanager
-def open_model(options: ModelOptions, *, cast: bool, classifier: bool = False) -> Iterator[OpenModel]:
+def open_model(options: ModelOptions, *, cast: bool, classifier: bool | None = False) -> Iterator[OpenModel]:
     """The model of ``options.checkpoint`` and its kernels; ``cast`` turns its weights to the compute type, too.
 
-    ``UserError`` where it is a classifier and should write text, or the other way round.
+    ``UserError`` where it is a classifier and should write text, or the other way round; None takes both.
     """
     import torch
 
@@ -154,7 +154,7 @@ def open_model(options: ModelOptions, *, cast: bool, classifier: bool = False) -
     ops.tune_process(options.threads)
     with ops.use_backend(options.backend):
         model = load_model(path, device=device, dtype=dtype if cast else None)
-        if hasattr(model, "labels") != classifier:
+        if classifier is not None and hasattr(model, "labels") != classifier:
             kind = (
                 "no classifier: llmfast finetune classify makes one" if classifier else "a classifier: llmfast classify"
             )

@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("llmfast.cli.plan", "parameters, memory and time of a pretraining before it starts"),
     "generate": ("llmfast.cli.generate", "write on from a prompt"),
     "chat": ("llmfast.cli.chat", "write with a model, in turns"),
-    "evaluate": ("llmfast.cli.evaluate", "loss and perplexity on held-out text; multiple-choice accuracy"),
+    "evaluate": ("llmfast.cli.evaluate", "loss and perplexity on held-out text; accuracy of choices and labels"),
     "convert": ("llmfast.cli.convert", "models of other programs, in and out"),
     "judge": ("llmfast.cli.judge", "score a model's responses, by a judge model or against the references"),
     "reproduce": ("llmfast.cli.reproduce", "the book's figures, expected beside got, from OpenAI's GPT-2 weights"),

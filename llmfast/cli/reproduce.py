@@ -126,6 +126,9 @@ def run(options: Options) -> int:
     recipe = RECIPES[options.recipe]
     folder = find_checkpoint(options, recipe)
     data = find_data(options, recipe)
+    out = Path(_config(options).out)
+    if (out / "metrics.jsonl").exists():
+        raise UserError(f"{out} already holds a run: move it away, or choose another --out")
 
     from llmfast import ops
     from llmfast.training.device import choose_device
@@ -180,7 +183,7 @@ def _open(folder: Path) -> tuple[GPT, Tokenizer]:
     from llmfast.nn import GPT
     from llmfast.tokenizer import load_tokenizer
 
-    model = GPT.from_pretrained(folder).eval()
+    model = GPT.from_pretrained(folder, dropout=0.0).eval()  # the book's; Hugging Face's copy says 0.1
     try:
         tokenizer = load_tokenizer(str(folder))
     except UserError:
@@ -223,8 +226,8 @@ def _instruct(options: Options, model: GPT, tokenizer: Tokenizer, data: Path) ->
     entries = read_entries(responses)
     try:
         scores = judge_responses(entries, ModelJudge(client), responses.with_name("scores.json"))
-    except NoServer as error:
-        note(f"{error}\nnot judged: start Ollama, then run: llmfast judge {responses}")
+    except (NoServer, UserError) as error:  # what was trained is not lost by it
+        note(f"{error}\nnot judged: with Ollama and its model {options.judge_model}, run: llmfast judge {responses}")
         return got
     return {**got, "judge's average": summarise(entries, scores).average}
 

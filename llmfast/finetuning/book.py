@@ -91,7 +91,8 @@ class Ordered(Generic[T]):
 def train(model: nn.Module, config: TrainConfig, data: Ordered[Any], loss: Loss, learning_rate: float) -> None:
     """The book's training: AdamW on everything with decay 0.1, a constant learning rate, no clipping.
 
-    ``config`` says where it runs; what the book decides is set here.
+    ``config`` says where it runs; what the book decides is set here. Raises ``KeyboardInterrupt`` where it is stopped:
+    half a training has no figures.
     """
     config = dataclasses.replace(
         config,
@@ -110,7 +111,8 @@ def train(model: nn.Module, config: TrainConfig, data: Ordered[Any], loss: Loss,
         sample_every=0,
         save_every=0,
     )
-    Trainer(model, config, data, loss_fn=loss).fit()
+    if Trainer(model, config, data, loss_fn=loss).fit().interrupted:
+        raise KeyboardInterrupt
 
 
 # ---- Chapter 5: losses of the untrained GPT-2 on a short story -------------------------------------------------------

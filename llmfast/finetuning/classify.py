@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,29 @@ class Scores:
             "classes": classes,
             "confusion": sums["confusion"].tolist(),
         }
+
+
+@torch.no_grad()
+def score_examples(
+    model: GPTForClassification,
+    examples: list[Example],
+    config: ClassifyConfig,
+    *,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, Any]:
+    """Mean loss over ``examples`` (of the model's labels, none empty), and the figures of ``Scores``."""
+    collate, loss_fn = Collate(model.labels, 0, config), ClassificationLoss(None)
+    device, rows, total = model.head_weight.device, config.micro_batch_size, 0.0
+    confusion = torch.zeros(len(model.labels), len(model.labels), dtype=torch.int64)
+    ordered = sorted(examples, key=len)
+    for start in range(0, len(ordered), rows):
+        batch = tuple(tensor.to(device) for tensor in collate(ordered[start : start + rows]))
+        with autocast or nullcontext():
+            loss, count, sums = loss_fn(model, batch)
+        total += float(loss) * count
+        confusion += sums["confusion"].cpu()
+    scores = Scores(model.labels)({"confusion": confusion}, len(examples))
+    return {"loss": total / len(examples), "examples": len(examples), **scores}
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def read_examples(
     known: Sequence[str] = (),
 ) -> tuple[list[Example], Columns]:
     """The examples of one file, and its columns of text and label; with ``known``, any other label is a bad record."""
-    names = [name for name in columns if name] or [*TEXT_NAMES, *LABEL_NAMES]
+    names = [*(name for name in columns if name), *TEXT_NAMES, *LABEL_NAMES]
     records = read_records(path, names=names, skip_bad=config.skip_bad)
     text_column, label_column = choose_columns(records, *columns)
     say(f"{path}: {len(records):,} records; text is column {text_column!r}, label is column {label_column!r}")

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,9 +14,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from llmfast.cli import reproduce
 from llmfast.cli.main import main
 from llmfast.config import GPTConfig, TrainConfig
 from llmfast.finetuning import book
+from llmfast.interop import huggingface
 from llmfast.nn import GPT
 from llmfast.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -319,15 +322,18 @@ def test_lora_trains_what_the_book_counts():
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
-    """A folder with OpenAI's checkpoint in miniature and a tokenizer that fits it."""
+    """A folder with OpenAI's checkpoint in miniature, else Hugging Face's copy of one, and a tokenizer that fits it."""
     source = CHECKPOINTS / "openai-tf"
-    if not source.is_dir():
-        pytest.skip("LLMFAST_TEST_CHECKPOINTS names no folder with openai-tf")
     for size in ("124M", "355M"):
         folder = tmp_path / "models" / size
         folder.mkdir(parents=True)
-        for file in source.iterdir():
-            (folder / file.name).symlink_to(file)
+        if source.is_dir():
+            for file in source.iterdir():
+                (folder / file.name).symlink_to(file)
+        else:
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(vocab_size=257, block_size=256, n_layer=2, n_head=2, n_embd=24, dropout=0.1))
+            huggingface.write(model.config, model.state_dict(), folder, None)
         load_tokenizer("byte").save(folder)
     return tmp_path / "models"
 
@@ -378,6 +384,43 @@ def test_spam_through_the_command(tiny, tmp_path, capsys, one_thread, recipe):
     assert set(figures) == {"training accuracy", "validation accuracy", "test accuracy"}
     assert all(0 <= figure["got"] <= 100 and figure["holds"] is not None for figure in figures.values())
     assert len(losses_of(tmp_path / "run")) == 25  # 42 messages, whole batches of 8, 5 epochs
+
+
+def test_a_run_that_is_there_stays_as_it_is(tiny, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "data.tsv").write_text("ham\tone\nspam\ttwo\n")
+    words = ["--data", str(tmp_path / "data.tsv"), "--out", str(tmp_path / "run")]
+    assert main(["reproduce", "book-spam", "--checkpoints", str(tiny), *words]) == 2
+    assert "already holds a run: move it away, or choose another --out" in capsys.readouterr().err
+
+
+def test_half_a_training_has_no_figures(tiny, tmp_path, monkeypatch, one_thread):
+    data = tmp_path / "messages.tsv"
+    data.write_text("".join(f"ham\tsee {i}\nspam\twin {i}\n" for i in range(30)))
+    step, steps = book.spam_loss, []
+
+    def stopped(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(book, "spam_loss", stopped)
+    model, tokens = (
+        GPT(GPTConfig(vocab_size=257, block_size=64, n_layer=1, n_head=2, n_embd=16)),
+        load_tokenizer("byte"),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        book.spam(model, tokens, data, config(tmp_path / "run"), lora=False)
+    assert len(steps) == 3
+
+
+def test_hugging_faces_copy_trains_without_its_dropout(tmp_path):
+    model = GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.1))
+    huggingface.write(model.config, model.state_dict(), tmp_path, None)
+    load_tokenizer("byte").save(tmp_path)
+    assert reproduce._open(tmp_path)[0].config.dropout == 0
 
 
 def test_instructions_through_the_command(tiny, tmp_path, capsys, one_thread):
