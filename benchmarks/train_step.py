@@ -3,8 +3,9 @@
 Each provider lives in a process of its own, because allocator and matmul settings hold for a whole process; float32 and
 bfloat16 (autocast) are two. The processes take turns, so that whatever else the machine does hits all of them alike; a
 sample during which other processes used the cores is taken again. The figure is the median of the undisturbed ones.
-Models that do not fit into memory together run in parts, several times over. What "tuned", the floor and the memory
-mean stands in llmfast/bench/steps.py.
+Models that do not fit into memory together run in parts, several times over. On a machine that is never quiet,
+--cpu-seconds counts those of one thread instead, the least of all samples: ratios, not what a user waits for. What
+"tuned", the floor and the memory mean stands in llmfast/bench/steps.py.
 
     LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 30m --json out.json
     LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 124m --isa avx2
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from llmfast.bench.environment import header
-from llmfast.bench.steps import PEERS, PROVIDERS, Shape
+from llmfast.bench.steps import CPU_SECONDS, PEERS, PROVIDERS, Shape
 from llmfast.bench.train import DISTURBED, measure
 from llmfast.ops.describe import cpu_name
 
@@ -81,8 +82,11 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="llmfast's kernels use no more than this")
     parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few providers, three turns")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, least of all samples")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.cpu_seconds:
+        os.environ |= {CPU_SECONDS: "1", "OMP_NUM_THREADS": "1"}
     if args.isa:
         os.environ["LLMFAST_CPU_ISA"] = args.isa
     shape, turns = SHAPES[args.shape], 3 if args.quick else args.turns
@@ -93,11 +97,13 @@ def main() -> None:
         for name in ([f"{kind} {dtype}" for dtype in args.dtype] if kind in PROVIDERS else [kind])
         if "nanogpt" not in kind or PEERS in os.environ
     ]
-    samples, facts = measure(names, shape, turns, repeats=0 if args.quick else 2)
+    samples, facts = measure(names, shape, turns, repeats=0 if args.quick or args.cpu_seconds else 2)
 
     quiet = {name: [t for t, others in taken if others <= DISTURBED] for name, taken in samples.items()}
     seconds = {name: quiet[name] if len(quiet[name]) >= 2 else [t for t, _ in samples[name]] for name in samples}
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    if args.cpu_seconds:
+        seconds = {name: [t for t, _ in taken] for name, taken in samples.items()}
+    median = {name: (min if args.cpu_seconds else statistics.median)(values) for name, values in seconds.items()}
     speed = {name: shape.tokens / t for name, t in median.items()}
     extra = {name: fact["extra"] for name, fact in facts.items() if fact["extra"] is not None}
     pairs = ISA_TARGETS if args.isa else TARGETS[args.shape]
@@ -127,6 +133,7 @@ def main() -> None:
         record = {
             **provenance(),
             "isa": args.isa or "best",
+            "clock": "CPU seconds of one thread" if args.cpu_seconds else "wall",
             "tokens": shape.tokens,
             "seconds": {name: [round(t, 6) for t in values] for name, values in seconds.items()},
             "disturbed": {name: len(samples[name]) - len(quiet[name]) for name in samples},
