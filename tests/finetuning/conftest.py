@@ -23,6 +23,12 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture
+def no_plots(monkeypatch):
+    """Half of a tiny run's time; tests/training has them."""
+    monkeypatch.setattr("llmfast.training.report.Report.plot", lambda self, now=False: None)
+
+
+@pytest.fixture
 def write(tmp_path):
     """write(records, name="data.json") -> path of a JSON list, a JSONL file, or text as it is."""
 

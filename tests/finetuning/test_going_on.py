@@ -14,7 +14,7 @@ from llmfast.finetuning.instruct import finetune_instruct
 from llmfast.finetuning.preference import finetune_preference
 from llmfast.training.update import Update
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 KINDS = {
     "instruct": (InstructConfig, finetune_instruct),

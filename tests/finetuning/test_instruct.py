@@ -25,7 +25,7 @@ from llmfast.tokenizer import load_tokenizer
 from llmfast.training import Trainer
 from llmfast.training.update import Update
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 
 def config(base, data, tmp_path, **options):

@@ -21,7 +21,7 @@ from llmfast.finetuning.preference_data import conversations_of_pair, judged_of,
 from llmfast.finetuning.prompts import prompt_style
 from llmfast.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_plots")
 
 
 @pytest.fixture
