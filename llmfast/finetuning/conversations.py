@@ -121,11 +121,8 @@ def read_splits_of(
                 split.add(record.values, make(record.values))
             except ValueError as error:
                 records.reject(record.line, str(error))
-        if records.problems:
-            notes.append(
-                f"left out {len(records.problems):,} records of {path}, {len(split):,} remain; "
-                f"the first: {records.problems[0]}"
-            )
+        if left_out := records.summary():
+            notes.append(left_out)
         if not split.examples:
             raise UserError(f"{path} holds no record that can be used: {records.problems[0]}")
         return split

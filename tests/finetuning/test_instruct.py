@@ -305,7 +305,7 @@ def test_bad_records_are_left_out_and_counted_if_asked(base, entries, write, tmp
     settings = config(base, data, tmp_path, skip_bad=True, epochs=1, test_fraction=0.0)
     result, responses = finetune_instruct(settings)
     assert responses is None
-    assert f"left out 5 records of {data}, 40 remain" in capsys.readouterr().err
+    assert f"left out 5 of 45 records of {data}" in capsys.readouterr().err
     assert result.steps == 9  # of 38, in fours
 
 
