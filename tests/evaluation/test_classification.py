@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llmfast.cli.main import main
-from llmfast.config import ClassifyConfig, GPTConfig
-from llmfast.finetuning.classify import class_probabilities, finetune_classify
+from llmfast.config import GPTConfig
+from llmfast.finetuning.classify import class_probabilities
 from llmfast.nn import GPT, GPTForClassification
 from llmfast.tokenizer import load_tokenizer
 
@@ -28,11 +28,10 @@ def trained(tmp_path_factory):
     data.write_text(
         "label,text\n" + "".join(f"{'xyz'[i % 3]},{'abc'[(i + i // 50) % 3] * (1 + i % 30)}\n" for i in range(90))
     )
-    config = ClassifyConfig(
-        checkpoint=str(folder / "base"), data=str(data), out=str(folder / "run"), max_length=CUT, epochs=3,
-        micro_batch_size=4, learning_rate=1e-2, warmup_steps=2, device="cpu", threads=1,
-    )  # fmt: skip
-    return folder / "run", finetune_classify(config, progress=False)
+    words = f"--checkpoint {folder / 'base'} --data {data} --out {folder / 'run'} --max-length {CUT} --epochs 3"
+    settings = "--micro-batch-size 4 --learning-rate 1e-2 --warmup-steps 2 --device cpu --threads 1 --json"
+    assert main(["finetune", "classify", *words.split(), *settings.split()]) == 0
+    return folder / "run", json.loads((folder / "run" / "results.json").read_text())["test"]
 
 
 def evaluate(capsys, *words) -> tuple[int, str]:
@@ -47,8 +46,8 @@ def test_a_runs_own_test_split_gives_the_figures_of_the_run(trained, capsys):
     assert code == 0
     found = json.loads(out)
     for name in ("accuracy", "macro_f1", "confusion", "classes"):
-        assert found[name] == result.test[name]
-    assert found["loss"] == pytest.approx(result.test["loss"], rel=1e-6)
+        assert found[name] == result[name]
+    assert found["loss"] == pytest.approx(result["loss"], rel=1e-6)
     assert 0 < found["accuracy"] < 1
     code, out = evaluate(capsys, "--checkpoint", run)
     assert f"accuracy    {found['accuracy']:.2%}" in out
