@@ -31,10 +31,11 @@ os.environ.update(TRITON_ALWAYS_COMPILE="1", TRITON_DUMP_PTXAS_LOG="1", TRITON_D
 
 import torch
 import triton
-from llmfast.kernels import causal_attention, common, layer_norm
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
+
+from llmfast.kernels import causal_attention, common, layer_norm
 
 BASELINE = Path(__file__).with_name("aot_baseline.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

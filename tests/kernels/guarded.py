@@ -14,6 +14,7 @@ import sys
 
 import mended_interpreter
 import torch
+
 from llmfast.kernels import causal_attention, common, layer_norm
 
 LIBC, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE

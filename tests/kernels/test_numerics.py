@@ -8,8 +8,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from llmfast.kernels import causal_attention, common, layer_norm
 
+from llmfast.kernels import causal_attention, common, layer_norm
 from llmfast.ops import _library, _verify, use_backend
 from llmfast.ops._registry import OPS
 
