@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = {
     "causal_attention": ["B=16,H=12,T=1024,D=64,packed=true", "B=4,H=16,T=4096,D=64,packed=true"],
     "layer_norm": ["rows=16x1024,width=768", "rows=16x1024,width=1600"],
-    "add_layer_norm": ["rows=16x1024,width=768", "rows=16x1024,width=1600"],
+    "add_layer_norm": ["rows=16x1024,width=768,dropout_p=0.1", "rows=16x1024,width=1600"],
     "mlp": ["rows=16x1024,C=768,M=3072", "rows=16x1024,C=1600,M=6400"],
     "linear_cross_entropy": ["rows=8x1024,C=768,V=50257"],
     "lora_linear": ["rows=16x1024,K=768,N=2304,r=8", "rows=16x1024,K=1600,N=4800,r=64"],

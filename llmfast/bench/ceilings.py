@@ -59,6 +59,18 @@ def measure_ceilings(device: torch.device, dtypes: list[torch.dtype]) -> Ceiling
     return Ceilings(copy, rates)
 
 
+def measure_read(device: torch.device) -> float:
+    """Bytes a second of reading alone: a sum over far more than the caches hold."""
+    clock = Clock(device)
+    source = torch.ones((512 if device.type == "cuda" else 64) << 20, dtype=torch.float32, device=device)
+    task = Task(_nothing, partial(_sum, source), _nothing)
+    return source.nbytes / min(clock.sample(task, 1) for _ in range(7))
+
+
+def _sum(source: torch.Tensor, _: Any) -> torch.Tensor:
+    return source.sum()
+
+
 def _copy(target: torch.Tensor, source: torch.Tensor, _: Any) -> None:
     target.copy_(source)
 

@@ -1,7 +1,6 @@
 """``bench generate``: reading a prompt and writing tokens, by dtype and batch, beside Hugging Face and the floor.
 
-The floor of a token step is the time to read the weights once at the copy bandwidth measured in this run (half of the
-bytes that a copy moves are read).
+The floor of a token step is the time to read the weights once, at the read bandwidth measured in this run.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmfast.bench.ceilings import measure_ceilings
+from llmfast.bench.ceilings import measure_ceilings, measure_read
 from llmfast.bench.environment import header
 from llmfast.bench.timing import interleave_calls, paired_ratio, spread
 from llmfast.config import GPTConfig
@@ -41,7 +40,7 @@ def bench_generate(
     results = header("generate", device)
     results |= {"model": config.to_dict(), "prompt": prompt, "tokens": tokens, "turns": turns}
     ceilings = measure_ceilings(device, [torch.float32])
-    read = ceilings.copy if device.type == "cuda" else ceilings.copy / 2
+    read = measure_read(device)
     records, not_run = [], []
     from tqdm import tqdm
 
@@ -72,7 +71,7 @@ def bench_generate(
                     if "huggingface" in each else None,
                 }
             )  # fmt: skip
-    return results | {"ceilings": ceilings.to_dict(), "generate": records, "not_run": not_run}
+    return results | {"ceilings": {**ceilings.to_dict(), "read": read}, "generate": records, "not_run": not_run}
 
 
 def _timed(write: Write, tokens: int, device: torch.device) -> Callable[[], tuple[float, float]]:

@@ -58,10 +58,8 @@ def _llmfast(backend: str) -> Provider:
 
 def _compiled(op: Op, inputs: Inputs) -> Call:
     # A function of its own, so that a shape does not count against another's limit of recompilations.
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    options = {name: value for name, value in inputs.items() if name not in tensors}
-    run = torch.compile(lambda given: op.eager(**given, **options), dynamic=False, fullgraph=True)
-    return lambda: run(tensors)
+    run = torch.compile(lambda given: op.eager(**given), dynamic=False, fullgraph=True)
+    return lambda: run(inputs)
 
 
 def attention_only(op: Op) -> bool:

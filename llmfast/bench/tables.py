@@ -150,7 +150,7 @@ def generate_table(results: dict[str, Any], ansi: bool = False) -> str:
                     milliseconds(r["token_seconds"]), f"{r['share']:.2f}", ratio(r["ratio_to_huggingface"]),
                 ]
             )  # fmt: skip
-    lines = [ceilings_line(results), aligned(rows, bold, ansi)]
+    lines = [f"{ceilings_line(results)}, read {results['ceilings']['read'] / 1e9:.0f} GB/s", aligned(rows, bold, ansi)]
     lines += [f"{r['provider']} {r['dtype']} batch {r['batch']}: cannot run: {r['why']}" for r in results["not_run"]]
     return "\n".join(lines)
 

@@ -109,6 +109,8 @@ def start(options: BenchOptions) -> Any:
     for path in (options.save, options.plot):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise UserError(f"{path}: there is no folder {Path(path).resolve().parent}")
+        if path is not None and Path(path).is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
     if options.plot is not None and Path(options.plot).suffix.lower() != ".png":
         raise UserError(f"--plot {options.plot}: the plot is a PNG file; end its name in .png")
     device = choose_device(options.device)

@@ -167,12 +167,14 @@ def _triton_declines(
 
 def _inputs(shape: dict[str, Any], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
     randn, width = Randn(dtype, device), shape["width"]
+    dropout = {"dropout_p": shape["dropout_p"]} if "dropout_p" in shape else {}
     return {
         "x": randn(*shape["rows"], width),
         "residual": randn(*shape["rows"], width, shift=0.5),
         "weight": randn(width, shift=1.0),
         "bias": randn(width) if shape.get("bias", True) else None,
         "eps": shape.get("eps", 1e-5),
+        **dropout,
     }
 
 
@@ -196,7 +198,10 @@ _op = Op(
         {"rows": (1,), "width": 1, "eps": 0.1},
         {"rows": (0, 4), "width": 5},
     ],
-    gpu_samples=[{"rows": (16, 1024), "width": width} for width in (768, 1024, 1280, 1600)],
+    gpu_samples=[
+        {"rows": (16, 1024), "width": 768, "dropout_p": 0.1},
+        *({"rows": (16, 1024), "width": width} for width in (768, 1024, 1280, 1600)),
+    ],
     cpu_samples=[{"rows": (4, 256), "width": 768}],
     random_shape=_random_shape,
     inputs=_inputs,

@@ -9,7 +9,7 @@ import torch
 
 from llmfast.bench import plots, tables, timing
 from llmfast.bench.case import Case, resident_growth
-from llmfast.bench.ceilings import Ceilings, measure_ceilings
+from llmfast.bench.ceilings import Ceilings, measure_ceilings, measure_read
 from llmfast.bench.ops import Selection, bench_ops, describe_shape, parse_shape, pick
 from llmfast.bench.providers import CannotRun, Provider, providers
 from llmfast.cli.main import main
@@ -158,6 +158,7 @@ def test_every_op_of_the_registry_can_be_timed(name):
 
 def test_ceilings_are_those_of_a_copy_and_a_product():
     found = measure_ceilings(CPU, [torch.float32])
+    assert 0.2 * found.copy < measure_read(CPU) < 20 * found.copy
     assert 1e8 < found.copy < 1e12
     assert 1e9 < found.matmul["float32"] < 1e14
     assert found.floor(int(found.copy), 0, "float32") == (pytest.approx(1.0), "copy")
@@ -180,6 +181,26 @@ def test_attention_too_large_for_float64_is_compared_by_heads(monkeypatch):
         return lambda: op.eager(**inputs, scale=0.3)
 
     assert run(Provider("scaled", other_scale), **options)["wrong"]
+
+
+def test_dropout_is_timed_and_checked_without():
+    shape = {"rows": (4, 33), "width": 96, "dropout_p": 0.5}
+    seen = []
+
+    def sees(op, inputs):
+        def call():
+            seen.append(inputs["dropout_p"])
+            return op.eager(**inputs)
+
+        return call
+
+    eager = pick(providers(), ["eager", "llmfast torch"])
+    results = run(*eager, Provider("sees", sees), ops=["add_layer_norm"], shapes=[shape], modes=("both",))
+    assert not results["wrong"]
+    assert len(results["ops"]) == 3
+    assert seen[0] == 0.0
+    assert seen[-1] == 0.0
+    assert 0.5 in seen
 
 
 def test_memory_is_that_of_one_pass():
@@ -239,6 +260,7 @@ def test_the_command_prints_saves_and_plots(tmp_path, capsys):
         ["layer_norm", "--samples", "0"],
         ["--save", "/no/such/folder/a.json"],
         ["--plot", "a.pdf"],
+        ["--save", "/tmp"],
     ],
 )
 def test_mistakes_are_one_line(words, capsys):

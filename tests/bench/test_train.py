@@ -113,6 +113,7 @@ def test_generation_is_timed_by_token_and_prompt(monkeypatch, tmp_path):
 
     pytest.importorskip("transformers")
     monkeypatch.setattr(generate, "measure_ceilings", lambda *_: Ceilings(1e10, {"float32": 1e11}))
+    monkeypatch.setattr(generate, "measure_read", lambda *_: 1e10)
     config = GPTConfig(**SHAPE.sizes)
     options = dict(dtypes=["float32", "int8"], batches=[1, 2], prompt=4, tokens=6, turns=3, progress=False)
     results = generate.bench_generate(config, CPU, **options)
@@ -124,6 +125,7 @@ def test_generation_is_timed_by_token_and_prompt(monkeypatch, tmp_path):
     model = GPT(config)
     read = sum(p.nbytes for p in model.parameters()) - model.transformer.wpe.weight.nbytes
     assert record["weight_bytes"] == read
+    assert record["share"] == pytest.approx(read / 1e10 / record["token_seconds"][0])
     tables.generate_table(results)
     plots.plot_generate(results, tmp_path / "a.png")
 
