@@ -15,6 +15,7 @@ and where OUT is set, that folder gets it, the report and everything else as one
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def build(options: argparse.Namespace, folder: Path) -> list[str] | str:
         return f"no {', '.join(missing)} on PATH"
     # In a checkout the Triton kernels lie beside the package; an installed one has them inside.
     link = "test -e llmfast/kernels || ln -s ../kernels llmfast/kernels"
-    return ["bash", "-c", f"{sys.executable} setup.py build_ext --inplace && {link}"]
+    return ["bash", "-c", f"{link}; exec {sys.executable} setup.py build_ext --inplace"]
 
 
 def tests(*paths: str, **extra: str) -> Callable[[argparse.Namespace, Path], list[str] | str]:
@@ -77,10 +78,17 @@ def tests(*paths: str, **extra: str) -> Callable[[argparse.Namespace, Path], lis
         found = [path for path in paths if (ROOT / path).exists()]
         if not found:
             return f"no {' or '.join(paths)} here"
-        only = ["-k", extra["rehearsal" if options.rehearse else "gpu"]]
-        return python(
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x" if options.rehearse else "--maxfail=40", *only, *found
-        )
+        words = [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            extra["rehearsal" if options.rehearse else "gpu"],
+            "--maxfail=40",
+        ]
+        if not options.rehearse and importlib.util.find_spec("xdist"):
+            words += ["-n", "6"]  # most of the time is Triton's compiler
+        return python("-m", "pytest", *words, *found)
 
     return command
 
@@ -179,7 +187,8 @@ def run_stage(stage: Stage, options: argparse.Namespace, folder: Path, seconds: 
     if isinstance(command, str):
         return {"status": "cannot run", "why": command, "seconds": 0.0}
     log, began = folder / f"{stage.name}.log", time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **stage.environment}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **stage.environment}
     with open(log, "w", encoding="utf-8") as file:
         print("$", " ".join(command), file=file, flush=True)
         process = subprocess.Popen(
