@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from llmfast.cli.common import FIELD_HELP, JSON_HELP, ModelOptions, OpenModel, note, open_model, print_json, table
 from llmfast.cli.corpus import Corpus, check_data, check_ids, check_same, open_corpus, open_prepared
-from llmfast.cli.finetune_classify import ClassifyOptions, render_classes
-from llmfast.cli.options import options_of, read_toml
+from llmfast.cli.finetune_classify import render_classes
+from llmfast.cli.options import load_toml
 from llmfast.config import ClassifyConfig, option
 from llmfast.errors import UserError
 
@@ -159,7 +159,8 @@ def _classification(options: Options, opened: OpenModel) -> int:
 def _trained_length(run: Path) -> int | None:
     """What the texts of a run's own splits were cut to."""
     file = run / "config.toml"
-    return read_toml(file, options_of(ClassifyOptions)).get("max_length") if file.is_file() else None
+    length = load_toml(file).get("max_length") if file.is_file() else None
+    return length if isinstance(length, int) else None
 
 
 def _run_of(opened: OpenModel) -> Path:

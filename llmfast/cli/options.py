@@ -252,22 +252,26 @@ def parse(
 
 def read_toml(path: Path, options: Sequence[Option]) -> dict[str, Any]:
     """The values that a TOML file gives to ``options``; keys in snake_case or kebab-case."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}") from None
     known = {option.name: option for option in options}
     values = {}
-    for key, value in table.items():
+    for key, value in load_toml(path).items():
         name = key.replace("-", "_")
         if name not in known:
             raise UserError(f"{path}: unknown key {key!r}{suggest(name, known)}")
         values[name] = known[name].from_toml(value, f"{path}: {key}")
     return values
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
 
 
 def pick_action(
