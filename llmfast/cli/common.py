@@ -159,6 +159,8 @@ def open_model(options: ModelOptions, *, cast: bool, classifier: bool | None = F
                 "no classifier: llmfast finetune classify makes one" if classifier else "a classifier: llmfast classify"
             )
             raise UserError(f"{path} is {kind}")
+        if options.quantize and hasattr(model, "labels"):
+            raise UserError("--quantize int8 is for models that write text, not for classifiers")
         if options.quantize:
             model = _quantized(model)
             ops.release_freed_memory()

@@ -80,6 +80,7 @@ def test_other_texts_in_any_order_and_batch(trained, capsys, tmp_path):
         (f"text,label\n{'a' * 60},x\n", [], "60 tokens are more than the model's context, 48: --max-length 48 cuts"),
         ("text,label\n,x\n", [], "data.csv:2: 'text' is empty"),
         ("text,label\na,x\n", ["--baseline"], "is a classifier: leave out --baseline"),
+        ("text,label\na,x\n", ["--quantize", "int8"], "--quantize int8 is for models that write text"),
         ("text,label\na,x\n", ["--max-length", "49"], "max_length must lie between 1 and the model's context of 48"),
         ("text,label\na,x\n", ["--text-column", "txt"], "has no column 'txt' (did you mean text?)"),
         ("text,label\na,q\n", ["--skip-bad"], "holds no example that can be used"),
