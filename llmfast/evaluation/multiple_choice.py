@@ -52,7 +52,9 @@ class MultipleChoice:
         return _stderr(self.acc_norm, self.questions)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "acc_stderr": self.acc_stderr, "acc_norm_stderr": self.acc_norm_stderr}
+        errors = {"acc_stderr": self.acc_stderr, "acc_norm_stderr": self.acc_norm_stderr}
+        # JSON has no NaN, which the standard error of one question is.
+        return asdict(self) | {name: None if math.isnan(value) else value for name, value in errors.items()}
 
 
 def _stderr(share: float, count: int) -> float:
