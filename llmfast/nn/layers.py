@@ -158,10 +158,10 @@ class Block(nn.Module):
             y = self.ln_1(x)
         else:
             y, x = self.ln_1.add(branch, x, p)
-        with _kept_once(self.ln_1, y, x, self.attn.c_attn):
+        with _kept_once(self.ln_1, y, x, getattr(self.attn, "c_attn", None)):
             y = self.attn(y, cache, doc_ids)
         y, x = self.ln_2.add(y, x, p)
-        with _kept_once(self.ln_2, y, x, self.mlp.c_fc):
+        with _kept_once(self.ln_2, y, x, getattr(self.mlp, "c_fc", None)):
             return x, self.mlp(y)
 
     def _options(self) -> fused.LayerOptions:
@@ -188,7 +188,7 @@ class Block(nn.Module):
         return tuple(found) if same and _is_untouched(attn) and _is_untouched(mlp) else None
 
 
-def _kept_once(norm: LayerNorm, y: Tensor, x: Tensor, reader: nn.Module) -> AbstractContextManager[None]:
+def _kept_once(norm: LayerNorm, y: Tensor, x: Tensor, reader: nn.Module | None) -> AbstractContextManager[None]:
     """Beside ``x``, which a norm keeps for its backward, its output ``y`` = norm(x) is not kept for an adapter's."""
     if not isinstance(reader, LoRALinear):
         return nullcontext()
