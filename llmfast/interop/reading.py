@@ -67,7 +67,7 @@ def find(path: str | Path) -> Path:
     path = located(path)
     if path.is_dir():
         return _find_in(path)
-    if path.name == "checkpoint":
+    if path.name in ("checkpoint", "config.json", "generation_config.json", "hparams.json"):
         return _find_in(path.parent)
     if not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} is no file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import pickletools
+import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -39,7 +40,9 @@ def read_torch(path: Path) -> tuple[Any, bool]:
             with path.open("rb") as file:
                 for _ in range(5):  # magic number, protocol, system, the object, names of its storages
                     _check_pickle(path, file)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols that there are not, in damaged files
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped
     except UserError:
         raise
     except MemoryError:

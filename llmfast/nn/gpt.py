@@ -83,6 +83,8 @@ class GPT(nn.Module):
         ``pytorch``: the defaults of nn.Embedding, N(0, 1), and nn.Linear, weights and biases uniform in
         +-1 / sqrt(inputs); a tied matrix takes the Linear's.
         """
+        if self.transformer.wte.weight.is_meta:
+            return
         gpt2 = self.config.init == "gpt2"
         residual_std = 0.02 * (2 * self.config.n_layer) ** -0.5
         for name, module in self.named_modules():

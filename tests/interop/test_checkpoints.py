@@ -88,7 +88,7 @@ def test_openais_checkpoint_without_its_query_key_value_bias(shared, caplog):
 
 
 @pytest.mark.parametrize(
-    "file", ["checkpoint", "model.ckpt.index", "model.ckpt.meta", "model.ckpt.data-00000-of-00001"]
+    "file", ["checkpoint", "hparams.json", "model.ckpt.index", "model.ckpt.meta", "model.ckpt.data-00000-of-00001"]
 )
 def test_any_file_of_openais_checkpoint_leads_to_it(shared, file):
     assert interop.find(shared / "openai-tf" / file) == shared / "openai-tf/model.ckpt.index"

@@ -27,10 +27,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory in /proc")
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_fixed_sample_of_damages(name):
-    outcome = format_fuzz.run(name, seed=1, cases=40)
+    outcome = format_fuzz.run(name, seed=1, cases=24)
     assert not outcome.wrong, "\n".join(outcome.wrong)
-    assert outcome.counts["error"] > 5
-    assert outcome.counts["model"] + outcome.counts["error"] == 40
+    assert outcome.counts["error"] > 3
+    assert outcome.counts["model"] + outcome.counts["error"] == 24
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -140,7 +140,7 @@ def test_every_flip_in_openais_files_is_seen(tmp_path):
     for name in ("model.ckpt.index", "model.ckpt.data-00000-of-00001"):
         file = tmp_path / "model" / name
         whole = file.read_bytes()
-        for at in range(0, len(whole) - 48, len(whole) // 20):  # before the footer's padding
+        for at in range(0, len(whole) - 48, len(whole) // 8):  # before the footer's padding
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
             with pytest.raises(UserError, match="is damaged"):
                 GPT.from_pretrained(tmp_path / "model")
