@@ -16,7 +16,7 @@ from format_samples import FORMATS
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE = dict(n_embd=384, n_layer=4, vocab_size=1500)  # 31 MB, no tensor above 2.4
 SLACK = 20 << 20  # bytes, for what does not grow with the model: checksums' tables, a piece that is copied
-NAMES = ("hf", "hf-bin-old", "nanogpt", "llmc", "openai-tf", "tlfs")
+NAMES = ("hf", "hf-bin-old", "nanogpt", "openai-tf")
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets up glibc's allocator, reads /proc")
