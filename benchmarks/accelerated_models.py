@@ -17,13 +17,11 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -146,18 +144,11 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    from train_step import cpu_name, versions
+    import torch
 
-    record = {
-        "schema": 1,
-        "command": " ".join(["benchmarks/accelerated_models.py", *sys.argv[1:]]),
-        "date": str(date.today()),
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
-        "platform": platform.platform(),
-        "versions": versions(),
-        "tokens": B * T,
-        "rows": rows,
-    }
+    from llmfast.bench.environment import header
+
+    record = {**header("script", torch.device("cpu")), "tokens": B * T, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
