@@ -24,8 +24,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from step_providers import keep_pages, resident
-from train_step import DISTURBED, cpu_name, sample, versions
+from llmfast.bench.environment import versions
+from llmfast.bench.steps import keep_pages, resident
+from llmfast.bench.train import DISTURBED, sample
+from llmfast.ops.describe import cpu_name
 
 B, T, RANK = 8, 128, 16
 KINDS = ["all", "last-block", "lora", "peft", "peft tuned"]
