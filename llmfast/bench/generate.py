@@ -113,6 +113,7 @@ def _huggingface(config: GPTConfig, device: torch.device, dtype: str, ids: torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: dict[str, Any] = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    sizes |= {"bos_token_id": None, "eos_token_id": None}
     torch.manual_seed(0)
     model: Any = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **sizes))
     model = model.to(device, getattr(torch, dtype)).eval()
