@@ -24,8 +24,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from llmfast.bench.case import resident
 from llmfast.bench.environment import versions
-from llmfast.bench.steps import keep_pages, resident
+from llmfast.bench.steps import keep_pages
 from llmfast.bench.train import DISTURBED, sample
 from llmfast.ops.describe import cpu_name
 
@@ -118,7 +119,7 @@ class Trained:
     def _start(self) -> int:
         """Bytes held before there is a model; the high-water mark begins here."""
         Path("/proc/self/clear_refs").write_text("5")
-        return resident() or 0
+        return resident("VmRSS") or 0
 
     def step(self) -> float:
         import torch
