@@ -164,6 +164,8 @@ def model_of(options: PretrainConfig, start: Path) -> GPT:
 
     changed: dict[str, Any] = {} if options.dropout is None else {"dropout": options.dropout}
     model = load_model(start, **changed)
+    if hasattr(model, "labels"):
+        raise UserError(f"{start} is a classifier, and pretraining goes on from a model that writes text")
     for name, value in _overrides(options).items():
         if value != getattr(model.config, name):
             raise UserError(f"--{name.replace('_', '-')} {value}: {start} has {name} {getattr(model.config, name)}")
