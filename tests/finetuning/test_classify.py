@@ -327,7 +327,9 @@ def test_the_classify_command(base, messages, tmp_path, capsys, monkeypatch):
     assert main(["classify", "--checkpoint", str(run), "--device", "cpu", "ss1", "--max-length", "99"]) == 2
     assert main(["generate", "--checkpoint", str(run), "--device", "cpu", "ss1"]) == 2
     assert "is a classifier" in capsys.readouterr().err
-    assert main(["pretrain", "--checkpoint", str(run), "--data", str(table), "--device", "cpu", "--out", f"{run}2"]) == 2
+    assert (
+        main(["pretrain", "--checkpoint", str(run), "--data", str(table), "--device", "cpu", "--out", f"{run}2"]) == 2
+    )
     assert "is a classifier" in capsys.readouterr().err
     assert main(["classify", "--checkpoint", str(run), "--device", "cpu", "missing.csv"]) == 2
     assert "there is no file missing.csv" in capsys.readouterr().err
