@@ -174,6 +174,8 @@ def main() -> None:
                 if samples[kind][-1][1] <= DISTURBED:
                     break
 
+    for pipe in pipes.values():
+        pipe.send(False)
     quiet = {kind: [t for t, others in samples[kind] if others <= DISTURBED] for kind in pipes}
     seconds = {kind: quiet[kind] if len(quiet[kind]) >= 2 else [t for t, _ in samples[kind]] for kind in pipes}
     median = {kind: statistics.median(taken) for kind, taken in seconds.items()}
