@@ -8,7 +8,8 @@ For a chunk of rows: logits = x W^T + b, softmax in place, then per row
 
 The gradients come in the forward pass, since dz is at hand there; the backward pass only multiplies them by the
 incoming scalar. The chunk loop is here in plain PyTorch (the row weights c go onto x and dx, which are narrow, instead
-of dz) and, ``native``, in csrc/cpu/linear_cross_entropy.cpp. N rows, C width, V vocabulary.
+of dz), and as one raw op in csrc/cpu/linear_cross_entropy.cpp and kernels/linear_cross_entropy.py. N rows, C width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with_onednn
 
 # Rows of a chunk on a CPU (measured: fewer stream the weight too often), and elements of a chunk elsewhere.
@@ -49,25 +50,26 @@ def chunked(
     label_smoothing: float,
     wants: tuple[bool, bool, bool] = (False, False, False),
     dtype: torch.dtype | None = None,
-    native: bool = False,
+    kernel: str = "",
 ) -> Chunked:
     """Losses of all rows, and the gradients of sum(row_weight * losses) by x, weight and bias where ``wants`` says so.
 
     x (N, C), weight (V, C), bias (V,) or None; target (N,) int64, every one in [0, V); counts (N,): 1, or 0 for an
     ignored row (its row_weight must be 0 too), or NaN to poison it; row_weight (N,) float; dtype: of the products
-    (default: x's); native: by the C++ kernel. The gradients have the dtypes of what they belong to; sums over rows are
-    kept in float32 or better. On a CPU, ignored rows cost nothing.
+    (default: x's); kernel: namespace of the raw op that does it, else PyTorch. The gradients have the dtypes of what
+    they belong to; sums over rows are kept in float32 or better. On a CPU, ignored rows cost nothing.
     """
     (N, C), V = x.shape, weight.shape[0]
     if x.is_cpu:  # elsewhere, looking would wait for the device
         kept = counts.nonzero()[:, 0]
         if len(kept) < N:
             few = (x[kept], weight, bias, target[kept], counts[kept], row_weight[kept])
-            return _spread(chunked(*few, label_smoothing, wants, dtype, native), kept, N)
+            return _spread(chunked(*few, label_smoothing, wants, dtype, kernel), kept, N)
     low, dtype = dtype or x.dtype, _loss_dtype(x)
-    if native:
-        done = torch.ops.llmfast.linear_cross_entropy.default(
-            x, weight, bias, target, row_weight, label_smoothing, low is torch.bfloat16, *wants
+    if kernel:
+        products = low is torch.bfloat16 if kernel == "llmfast" else low
+        done = getattr(torch.ops, kernel).linear_cross_entropy.default(
+            x, weight, bias, target, row_weight, label_smoothing, products, *wants
         )
         gradients = (g if want else None for g, want in zip(done[1:], wants, strict=True))
         return Chunked(done[0] * counts, *gradients)
@@ -157,10 +159,10 @@ class ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
-        label_smoothing: float, dtype: torch.dtype, native: bool,
+        label_smoothing: float, dtype: torch.dtype, kernel: str,
     ) -> Tensor:  # fmt: skip
         wants = ctx.needs_input_grad[:3]
-        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, wants, dtype, native)
+        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, wants, dtype, kernel)
         ctx.save_for_backward(done.dx, done.dweight, done.dbias)
         return (done.losses * row_weight).sum()
 
@@ -180,19 +182,19 @@ class ChunkedRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
-        label_smoothing: float, dtype: torch.dtype, native: bool,
+        label_smoothing: float, dtype: torch.dtype, kernel: str,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, bias, target, counts)
-        ctx.options = label_smoothing, dtype, native
-        return chunked(x, weight, bias, target, counts, row_weight, label_smoothing, dtype=dtype, native=native).losses
+        ctx.options = label_smoothing, dtype, kernel
+        return chunked(x, weight, bias, target, counts, row_weight, label_smoothing, dtype=dtype, kernel=kernel).losses
 
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
         _checks.once("linear_cross_entropy")
         x, weight, bias, target, counts = ctx.saved_tensors
-        label_smoothing, dtype, native = ctx.options
+        label_smoothing, dtype, kernel = ctx.options
         wants = ctx.needs_input_grad[:3]
-        done = chunked(x, weight, bias, target, counts, dlosses * counts, label_smoothing, wants, dtype, native)
+        done = chunked(x, weight, bias, target, counts, dlosses * counts, label_smoothing, wants, dtype, kernel)
         return (done.dx, done.dweight, done.dbias, *([None] * 6))
 
 
@@ -210,13 +212,13 @@ def chunked_sum(
     row_weight: Tensor,
     label_smoothing: float,
     dtype: torch.dtype,
-    native: bool,
+    kernel: str,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum(row_weight * losses), dx, dweight, dbias); gradients that are not wanted are empty."""
     with torch.autocast(x.device.type, enabled=False):
         want = (wants[0], wants[1], wants[2])
-        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, want, dtype, native)
+        done = chunked(x, weight, bias, target, counts, row_weight, label_smoothing, want, dtype, kernel)
     dx, dweight, dbias = (x.new_empty(0) if g is None else g for g in (done.dx, done.dweight, done.dbias))
     return (done.losses * row_weight).sum(), dx, dweight, dbias
 
@@ -254,11 +256,11 @@ def chunked_rows(
     counts: Tensor,
     label_smoothing: float,
     dtype: torch.dtype,
-    native: bool,
+    kernel: str,
 ) -> Tensor:
     """The losses (N,)."""
     with torch.autocast(x.device.type, enabled=False):
-        return chunked(x, weight, bias, target, counts, counts, label_smoothing, dtype=dtype, native=native).losses
+        return chunked(x, weight, bias, target, counts, counts, label_smoothing, dtype=dtype, kernel=kernel).losses
 
 
 @chunked_rows.register_fake
@@ -267,14 +269,14 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.label_smoothing, ctx.dtype, ctx.native = inputs
+    *tensors, ctx.label_smoothing, ctx.dtype, ctx.kernel = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _rows_backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, target, counts = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:3])
-    options = ctx.label_smoothing, ctx.dtype, ctx.native, wants
+    options = ctx.label_smoothing, ctx.dtype, ctx.kernel, wants
     grads = chunked_sum(x, weight, bias, target, counts, dlosses * counts, *options)[1:]
     return (*(g if want else None for g, want in zip(grads, wants, strict=True)), *([None] * 5))
 
@@ -285,9 +287,10 @@ chunked_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 # ---- The native op ---------------------------------------------------------------------------------------------------
 
 
+@_triton.on_load
 @_library.on_load
-def _register() -> None:
-    @torch.library.register_fake("llmfast::linear_cross_entropy")
+def _register(namespace: str = "llmfast") -> None:
+    @torch.library.register_fake(f"{namespace}::linear_cross_entropy")
     def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         want_dx, want_dweight, want_dbias = rest[-3:]
         return (

@@ -25,7 +25,6 @@ from llmfast.ops.layer_norm import (
     native_declines,
     native_implementations,
     triton_declines,
-    triton_implementation,
 )
 
 
@@ -208,7 +207,7 @@ _op = Op(
     cost=_cost,
     implementations=[
         *native_implementations(_composed, _fused, _declines),
-        triton_implementation(_triton_kernel, _triton_declines),
+        _triton.implementation(_triton_kernel, _triton_declines),
         Implementation("torch", _eager, "PyTorch"),
     ],
 )

@@ -334,16 +334,7 @@ _op = Op(
             _native_declines,
             not_worth=_faster_elsewhere,
         ),
-        Implementation(
-            "triton",
-            _triton_kernel,
-            "ours",
-            _triton.DEVICES,
-            _triton.DTYPES,
-            _triton.unavailable,
-            _triton_declines,
-            _triton.interpreted,
-        ),
+        _triton.implementation(_triton_kernel, _triton_declines),
         Implementation("torch", _torch, "PyTorch (SDPA)"),
     ],
 )

@@ -161,13 +161,6 @@ def triton_declines(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     return _library.transforms()
 
 
-def triton_implementation(run: Callable[..., Any], declines: Callable[..., list[str]]) -> Implementation:
-    """A kernel of kernels/ behind ``run``."""
-    return Implementation(
-        "triton", run, "ours", _triton.DEVICES, _triton.DTYPES, _triton.unavailable, declines, _triton.interpreted
-    )
-
-
 # ---- Op --------------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +204,7 @@ layer_norm_op = Op(
     cost=_cost,
     implementations=[
         *native_implementations(layer_norm_native, layer_norm_native, native_declines),
-        triton_implementation(layer_norm_triton, triton_declines),
+        _triton.implementation(layer_norm_triton, triton_declines),
         Implementation("torch", layer_norm_eager, "PyTorch"),
     ],
 )

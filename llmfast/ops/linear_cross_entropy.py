@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast.config import suggest
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops._chunked_loss import ChunkedRows, ChunkedSum, chunked, chunked_rows, chunked_sum
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
@@ -74,7 +74,7 @@ def _in_chunks(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
-    native: bool = False,
+    kernel: str = "",
 ) -> Tensor:
     tracing = torch.compiler.is_compiling()
     if not tracing and (x.is_meta or _library.transforms()):
@@ -96,20 +96,21 @@ def _in_chunks(
     args = (rows, weight, bias, ids, counts)
     if tracing:
         if reduction == "none":
-            return chunked_rows(*args, label_smoothing, dtype, native).view(target.shape)
-        return chunked_sum(*args, row_weight, label_smoothing, dtype, native, wants)[0]
+            return chunked_rows(*args, label_smoothing, dtype, kernel).view(target.shape)
+        return chunked_sum(*args, row_weight, label_smoothing, dtype, kernel, wants)[0]
     with torch.autocast(x.device.type, enabled=False):
         if any(wants):
             function = ChunkedRows if reduction == "none" else ChunkedSum
-            loss = function.apply(*args, row_weight, label_smoothing, dtype, native)
+            loss = function.apply(*args, row_weight, label_smoothing, dtype, kernel)
         else:
-            loss = chunked(*args, row_weight, label_smoothing, dtype=dtype, native=native).losses
+            loss = chunked(*args, row_weight, label_smoothing, dtype=dtype, kernel=kernel).losses
             loss = loss if reduction == "none" else (loss * row_weight).sum()
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-# csrc/cpu/linear_cross_entropy.cpp
-_native = functools.partial(_in_chunks, native=True)
+# csrc/cpu/linear_cross_entropy.cpp; kernels/linear_cross_entropy.py
+_native = functools.partial(_in_chunks, kernel="llmfast")
+_triton_kernel = functools.partial(_in_chunks, kernel=_triton.NAMESPACE)
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -218,6 +219,7 @@ _op = Op(
             _native_declines,
             products_go_elsewhere,
         ),
+        _triton.implementation(_triton_kernel, _triton.declines),
         Implementation("torch", _in_chunks, "PyTorch"),
     ],
 )

@@ -5,6 +5,7 @@ y = x W^T + bias + scaling * (dropout(x) A^T) B^T          A (r, in), B (out, r)
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops._dropout import dropout, new_seed
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
@@ -44,35 +45,42 @@ def _torch(
 # ---- Native kernel ---------------------------------------------------------------------------------------------------
 
 
-def _native(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float
-) -> Tensor:
-    """csrc/cpu/lora.cpp: the large product starts from the low-rank term; dropout's mask is made again in backward."""
-    seed = new_seed() if dropout_p > 0 else None
+def _kernel(
+    raw: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
+    dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The low-rank term is a part of the large product; dropout's mask is made again in backward."""
+    seed = new_seed(x.device) if dropout_p > 0 else None
     inputs = (x, weight, bias, lora_A, lora_B)
     options = (scaling, dropout_p, seed, _checks.autocast_dtype(x) or x.dtype)
     if torch.compiler.is_compiling():
-        return torch.ops.llmfast.lora_linear_fwd(*inputs, *options)[0]
+        return raw.lora_linear_fwd(*inputs, *options)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _LoraLinear.apply(*inputs, *options)
+        return _LoraLinear.apply(raw, *inputs, *options)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmfast.lora_linear_fwd.default(*inputs, *options)[0]
+        return raw.lora_linear_fwd.default(*inputs, *options)[0]
+
+
+# csrc/cpu/lora.cpp; kernels/lora_linear.py
+_native = functools.partial(_kernel, torch.ops.llmfast)
+_triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
 
 class _LoraLinear(torch.autograd.Function):
     """Cheaper a call than ``register_autograd`` (below), which torch.compile and opcheck take."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, raw: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.llmfast.lora_linear_fwd.default(*inputs)
+            output = raw.lora_linear_fwd.default(*inputs)
         _setup(ctx, inputs, output)
+        ctx.raw = raw
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _checks.once("lora_linear")
-        return _backward(ctx, dy)
+        return None, *_backward(ctx, ctx.raw, ctx.needs_input_grad[1:6], dy)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -80,18 +88,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, output[1], weight, lora_A, lora_B, seed)
 
 
-def _backward(ctx: Any, dy: Tensor, _dlow: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, raw: Any, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     *saved, seed = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    gradients = torch.ops.llmfast.lora_linear_bwd.default(
+    gradients = raw.lora_linear_bwd.default(
         dy, *saved, ctx.scaling, ctx.dropout_p, seed, ctx.dtype, _checks.bits(needs)
     )
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None
 
 
+@_triton.on_load
 @_library.on_load
-def _register() -> None:
-    @torch.library.register_fake("llmfast::lora_linear_fwd")
+def _register(namespace: str = "llmfast") -> None:
+    raw = getattr(torch.ops, namespace)
+
+    @torch.library.register_fake(f"{namespace}::lora_linear_fwd")
     def _fwd(
         x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float,
         dropout_p: float, seed: Tensor | None, dtype: torch.dtype,
@@ -99,7 +109,7 @@ def _register() -> None:
         low = x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]), dtype=torch.float32)
         return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype), low
 
-    @torch.library.register_fake("llmfast::lora_linear_bwd")
+    @torch.library.register_fake(f"{namespace}::lora_linear_bwd")
     def _bwd(
         dy: Tensor, x: Tensor, low: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
         dropout_p: float, seed: Tensor | None, dtype: torch.dtype, wanted: int,
@@ -111,13 +121,25 @@ def _register() -> None:
         _setup(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
 
-    torch.library.register_autograd("llmfast::lora_linear_fwd", _backward, setup_context=setup)
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, raw, ctx.needs_input_grad[:5], dy)
+
+    torch.library.register_autograd(f"{namespace}::lora_linear_fwd", backward, setup_context=setup)
 
 
 def _declines(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float
 ) -> list[str]:
     return _library.transforms() or _checks.low_precision_only(x, weight, bias, lora_A, lora_B)
+
+
+TRITON_MAX_RANK = 128  # MAX_RANK of kernels/lora_linear.py
+
+
+def _triton_declines(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *_: Any) -> list[str]:
+    if lora_A.shape[0] > TRITON_MAX_RANK:
+        return [f"rank {lora_A.shape[0]}, above {TRITON_MAX_RANK}"]
+    return _triton.declines(x, weight, lora_A)
 
 
 def _not_worth(x: Tensor, weight: Tensor, *_: Any) -> bool:
@@ -183,6 +205,7 @@ _op = Op(
             products_go_elsewhere,
             _not_worth,
         ),
+        _triton.implementation(_triton_kernel, _triton_declines),
         Implementation("torch", _torch, "PyTorch"),
     ],
 )

@@ -7,6 +7,7 @@ Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016. N rows, C width, M hi
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmfast.config import suggest
-from llmfast.ops import _checks, _library
+from llmfast.ops import _checks, _library, _triton
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
 from llmfast.ops.matmul import MIN_OWN_MACS, linear, mm_nn, mm_nt, mm_tn, products_go_elsewhere, uses_onednn
@@ -111,35 +112,42 @@ class _Mlp(torch.autograd.Function):
 # ---- Native kernel ---------------------------------------------------------------------------------------------------
 
 
-def _native(
-    x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None, activation: str
-) -> Tensor:
-    """csrc/cpu/mlp.cpp: keeps the input of the activation alone."""
+def _kernel(
+    raw: Any, x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    """Keeps the input of the activation alone."""
     inputs = (x, fc_weight, fc_bias, proj_weight, proj_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     dtype = _checks.autocast_dtype(x) or x.dtype
     if torch.compiler.is_compiling():
-        return torch.ops.llmfast.mlp_fwd(*inputs, activation, dtype, keep)[0]
+        return raw.mlp_fwd(*inputs, activation, dtype, keep)[0]
     if keep:
-        return _NativeMlp.apply(*inputs, activation, dtype, keep)
+        return _NativeMlp.apply(raw, *inputs, activation, dtype, keep)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmfast.mlp_fwd.default(*inputs, activation, dtype, keep)[0]
+        return raw.mlp_fwd.default(*inputs, activation, dtype, keep)[0]
+
+
+# csrc/cpu/mlp.cpp; kernels/mlp.py
+_native = functools.partial(_kernel, torch.ops.llmfast)
+_triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
 
 class _NativeMlp(torch.autograd.Function):
     """Cheaper a call than ``register_autograd`` (below), which torch.compile and opcheck take."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, raw: Any, *inputs: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.llmfast.mlp_fwd.default(*inputs)
+            output = raw.mlp_fwd.default(*inputs)
         _setup(ctx, inputs, output)
+        ctx.raw = raw
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _checks.once("mlp")
-        return _backward(ctx, dy)
+        return None, *_backward(ctx, ctx.raw, ctx.needs_input_grad[1:6], dy)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -147,16 +155,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, output[1], fc_weight, proj_weight)
 
 
-def _backward(ctx: Any, dy: Tensor, _dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, raw: Any, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     x, h, fc_weight, proj_weight = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:5]
-    gradients = torch.ops.llmfast.mlp_bwd.default(dy, x, h, fc_weight, proj_weight, ctx.activation, _checks.bits(needs))
+    gradients = raw.mlp_bwd.default(dy, x, h, fc_weight, proj_weight, ctx.activation, _checks.bits(needs))
     return *(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None
 
 
+@_triton.on_load
 @_library.on_load
-def _register() -> None:
-    @torch.library.register_fake("llmfast::mlp_fwd")
+def _register(namespace: str = "llmfast") -> None:
+    raw = getattr(torch.ops, namespace)
+
+    @torch.library.register_fake(f"{namespace}::mlp_fwd")
     def _fwd(
         x: Tensor, fc_weight: Tensor, fc_bias: Tensor | None, proj_weight: Tensor, proj_bias: Tensor | None,
         activation: str, dtype: torch.dtype, keep: bool,
@@ -164,7 +174,7 @@ def _register() -> None:
         h = (x.shape[:-1].numel(), fc_weight.shape[0]) if keep else (0,)
         return x.new_empty((*x.shape[:-1], proj_weight.shape[0]), dtype=dtype), x.new_empty(h, dtype=dtype)
 
-    @torch.library.register_fake("llmfast::mlp_bwd")
+    @torch.library.register_fake(f"{namespace}::mlp_bwd")
     def _bwd(
         dy: Tensor, x: Tensor, h: Tensor, fc_weight: Tensor, proj_weight: Tensor, activation: str, wanted: int
     ) -> tuple[Tensor, ...]:
@@ -175,7 +185,10 @@ def _register() -> None:
         _setup(ctx, inputs, output)
         ctx.mark_non_differentiable(output[1])
 
-    torch.library.register_autograd("llmfast::mlp_fwd", _backward, setup_context=setup)
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, raw, ctx.needs_input_grad[:5], dy)
+
+    torch.library.register_autograd(f"{namespace}::mlp_fwd", backward, setup_context=setup)
 
 
 def _declines(x: Tensor, *parameters: Any) -> list[str]:
@@ -244,6 +257,7 @@ _op = Op(
             products_go_elsewhere,
             _not_worth,
         ),
+        _triton.implementation(_triton_kernel, _triton.declines),
         Implementation("torch", _torch, "PyTorch"),
     ],
 )

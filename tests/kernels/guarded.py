@@ -15,7 +15,7 @@ import sys
 import mended_interpreter
 import torch
 
-from llmfast.kernels import causal_attention, common, layer_norm
+from llmfast.kernels import causal_attention, common, layer_norm, linear_cross_entropy, lora_linear, matmul, mlp
 
 LIBC, PAGE = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,14 +91,67 @@ def run_causal_attention(guard):
     causal_attention.backward(dout, q, k, v, out, lse, 0.3, p, seed, lens, docs)
 
 
-MODULES = {"layer_norm": (layer_norm, run_layer_norm), "causal_attention": (causal_attention, run_causal_attention)}
+def sizes(guard, count):
+    return (guard.rng.choice((1, 2, 7, 16, 33, 70)) for _ in range(count))
+
+
+def run_matmul(guard):
+    M, N, K = sizes(guard, 3)
+    a = guard.randn(M, K) if guard.rng.random() < 0.5 else guard.randn(K, M).t()
+    b = guard.randn(N, K) if guard.rng.random() < 0.5 else guard.randn(K, N).t()
+    out, bias = guard.randn(M, N), guard.maybe(lambda: guard.randn(N))
+    matmul.product(a, b, out, bias=bias, factor=guard.maybe(lambda: guard.randn(1)), add=guard.rng.random() < 0.5)
+
+
+def run_mlp(guard):
+    N, C, M, out = sizes(guard, 4)
+    shapes = ((N, C), (M, C), (M,), (out, M), (out,))
+    x, fc, fc_bias, proj, proj_bias = (guard.randn(*shape) for shape in shapes)
+    fc_bias, proj_bias = guard.maybe(lambda: fc_bias), guard.maybe(lambda: proj_bias)
+    activation = guard.rng.choice(("gelu", "gelu_tanh", "relu"))
+    y, h = mlp.forward(x, fc, fc_bias, proj, proj_bias, activation, True)
+    gradients = [guard.maybe(lambda shape=shape: guard.empty(*shape, dtype=guard.dtype)) for shape in shapes]
+    mlp.backward(y, x, h, fc, proj, activation, gradients)
+
+
+def run_lora_linear(guard):
+    N, K, M = sizes(guard, 3)
+    r = guard.rng.choice((1, 3, 16, 17))
+    shapes = ((N, K), (M, K), (M,), (r, K), (M, r))
+    x, weight, bias, A, B = (guard.randn(*shape) for shape in shapes)
+    p, seed = guard.dropout()
+    y, low = lora_linear.forward(x, weight, guard.maybe(lambda: bias), A, B, 0.5, p, seed)
+    gradients = [guard.maybe(lambda shape=shape: guard.empty(*shape, dtype=guard.dtype)) for shape in shapes]
+    lora_linear.backward(y, x, low, weight, A, B, 0.5, p, seed, gradients)
+
+
+def run_linear_cross_entropy(guard):
+    N, C, V = sizes(guard, 3)
+    x, weight, bias = guard.randn(N, C), guard.randn(V, C), guard.maybe(lambda: guard.randn(V))
+    target = guard.copy(torch.randint(0, V, (N,)))
+    counts = guard.copy((torch.rand(N) < 0.7).float())
+    shapes = ((N, C), (V, C), (V,) if bias is not None else None)
+    gradients = [s and guard.maybe(lambda s=s: guard.empty(*s, dtype=guard.dtype)) for s in shapes]
+    linear_cross_entropy.CHUNK_ELEMENTS = guard.rng.choice((1, 100, 10000))
+    smoothing = guard.rng.choice((0.0, 0.1))
+    linear_cross_entropy.forward(x, weight, bias, target, counts, smoothing, *gradients)
+
+
+MODULES = {
+    "layer_norm": (layer_norm, run_layer_norm),
+    "causal_attention": (causal_attention, run_causal_attention),
+    "matmul": (matmul, run_matmul),
+    "mlp": (mlp, run_mlp),
+    "lora_linear": (lora_linear, run_lora_linear),
+    "linear_cross_entropy": (linear_cross_entropy, run_linear_cross_entropy),
+}
 
 
 def main(name: str, count: int, seed: int = 0) -> None:
     mended_interpreter.mend()
     guard, launches = Guard(seed), 0
     module, run = MODULES[name]
-    module.torch = guard
+    module.torch = common.torch = guard
     if name == "causal_attention":
 
         def heads(q, T):

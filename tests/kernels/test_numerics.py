@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from llmfast.kernels import causal_attention, common, layer_norm
-from llmfast.ops import _library, _verify, use_backend
+from llmfast.kernels import causal_attention, common, layer_norm, lora_linear
+from llmfast.ops import _library, _triton, _verify, use_backend
 from llmfast.ops._registry import OPS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -42,9 +42,9 @@ def test_canary_the_interpreter_computes_bfloat16():
 def errors(name, inputs, dtype):
     op = OPS[name]
     doubles = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    exact = _verify._outputs_and_gradients(op.reference, doubles)
+    exact = _verify.outputs_and_gradients(op.reference, doubles)
     with use_backend(f"{name}=triton"):
-        ours = _verify._outputs_and_gradients(op.function, inputs)
+        ours = _verify.outputs_and_gradients(op.function, inputs)
     for key, value in ours.items():
         if float(exact[key].abs().max() if exact[key].numel() else 0) > 1e-9:
             assert_close(value, exact[key], dtype, key)
@@ -64,12 +64,70 @@ def test_attention_of_cached_and_packed_rows(Tq, Tk, dtype):
     errors("causal_attention", OPS["causal_attention"].inputs(shape, dtype), dtype)
 
 
+def test_attention_reads_no_block_beyond_the_diagonal():
+    """Not a number in a key that is never read stays out of the result; the interpreter's blocks are 32 x 32."""
+    q, k, v, dout = torch.randn(4, 1, 1, 96, 16)
+    options = (0.25, 0.0, None, None, None)
+    late_k, late_v = k.clone(), v.clone()
+    late_k[..., 64:, :] = late_v[..., 64:, :] = float("nan")
+    out, lse = causal_attention.forward(q, late_k, late_v, *options)
+    assert out[..., :64, :].isfinite().all()
+    dq, _, _ = causal_attention.backward(dout, q, late_k, late_v, out.nan_to_num(), lse.nan_to_num(), *options)
+    assert dq[..., :64, :].isfinite().all()
+    early_q, early_dout = q.clone(), dout.clone()
+    early_q[..., :32, :] = early_dout[..., :32, :] = float("nan")
+    out, lse = causal_attention.forward(q, k, v, *options)
+    _, dk, dv = causal_attention.backward(early_dout, early_q, k, v, out, lse, *options)
+    assert dk[..., 32:, :].isfinite().all()
+    assert dv[..., 32:, :].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 63), (37, 257), (130, 96), (5, 1600)])
 def test_layer_norms_of_every_width(rows, width, dtype):
     shape = {"rows": (rows,), "width": width, "eps": 0.1 if width < 5 else 1e-5}
     for name in ("layer_norm", "add_layer_norm"):
         errors(name, OPS[name].inputs(shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "relu"])
+@pytest.mark.parametrize(("rows", "C", "M"), [(1, 7, 13), (67, 31, 97), (33, 64, 130)])
+def test_mlp_of_every_activation(rows, C, M, activation, dtype):
+    errors("mlp", OPS["mlp"].inputs({"rows": (rows,), "C": C, "M": M, "activation": activation}, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "K", "N", "r"), [(1, 1, 1, 1), (67, 31, 97, 3), (33, 65, 128, 16), (40, 48, 33, 65)])
+def test_lora_of_every_rank(rows, K, N, r, dtype):
+    errors("lora_linear", OPS["lora_linear"].inputs({"rows": (rows,), "K": K, "N": N, "r": r}, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"rows": (37,), "C": 48, "V": 257},
+        {"rows": (61,), "C": 33, "V": 131, "bias": True, "label_smoothing": 0.1, "ignored": 0.3, "reduction": "sum"},
+        {"rows": (19,), "C": 17, "V": 1009, "ignored": 0.3, "ignore_index": 5, "reduction": "none"},
+        {"rows": (3,), "C": 16, "V": 9973, "label_smoothing": 0.1},
+        {"rows": (9,), "C": 8, "V": 11, "ignored": 1.0},
+        {"rows": (1,), "C": 1, "V": 1},
+    ],
+    ids=str,
+)
+def test_loss_of_every_vocabulary(shape, dtype):
+    errors("linear_cross_entropy", OPS["linear_cross_entropy"].inputs(shape, dtype), dtype)
+
+
+def test_the_loss_alone_is_the_loss_with_gradients():
+    inputs = OPS["linear_cross_entropy"].inputs(
+        {"rows": (37,), "C": 48, "V": 257, "label_smoothing": 0.1}, torch.float32
+    )
+    with use_backend("triton"):
+        alone = OPS["linear_cross_entropy"].function(**inputs)
+        inputs["x"].requires_grad_()
+        assert torch.equal(alone, OPS["linear_cross_entropy"].function(**inputs).detach())
 
 
 # ---- Dropout ---------------------------------------------------------------------------------------------------------
@@ -131,6 +189,35 @@ def test_masks_are_those_of_the_compiled_kernels():
     grads = causal_attention.backward(dout, q, k, v, *ours, 0.25, P, SEED, None, None)
     for a, b in zip(grads, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(_library.why_not_loaded() is not None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("rank", [3, 16])
+def test_the_mask_of_lora_is_that_of_the_compiled_kernels(rank):
+    x, weight, A, B, dy = (torch.randn(*s) for s in ((67, 45), (33, 45), (rank, 45), (33, rank), (67, 33)))
+    options = (0.5, P, SEED, torch.float32)
+    y, low = torch.ops.llmfast.lora_linear_fwd(x, weight, None, A, B, *options)
+    assert _triton.why_not_loaded() is None
+    ours = torch.ops.llmfast_triton.lora_linear_fwd(x, weight, None, A, B, *options)
+    for a, b in zip(ours, (y, low), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    exact = torch.ops.llmfast.lora_linear_bwd(dy, x, low, weight, A, B, *options, 0b11111)
+    grads = torch.ops.llmfast_triton.lora_linear_bwd(dy, x, low, weight, A, B, *options, 0b11111)
+    for a, b in zip(grads, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_lora_drops_the_same_elements_forward_and_backward():
+    """With A the identity the update is the dropped input, and so is its gradient for B = 1 and a cotangent of x."""
+    x, eye = torch.ones(67, 32), torch.eye(32)
+    zeros = torch.zeros(32, 32)
+    y, low = lora_linear.forward(x, zeros, None, eye, eye, 1.0, P, SEED)
+    dx, dA = torch.empty(67, 32), torch.empty(32, 32)
+    lora_linear.backward(x, x, low, zeros, eye, eye, 1.0, P, SEED, (dx, None, None, dA, None))
+    torch.testing.assert_close(dx, y)
+    assert sorted(y.unique().tolist()) == pytest.approx([0.0, 1 / (1 - P)])
+    assert float((y == 0).double().mean()) == pytest.approx(P, abs=4 * (P * (1 - P) / y.numel()) ** 0.5)
+    torch.testing.assert_close(dA, y.sum(0).expand(32, 32))
 
 
 # ---- Configurations --------------------------------------------------------------------------------------------------

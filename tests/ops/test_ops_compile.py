@@ -165,18 +165,18 @@ def test_opcheck_of_the_native_products(dtype):
     torch.library.opcheck(raw.column_sums.default, (a,))
 
 
-@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_library), False])
+@pytest.mark.parametrize("kernel", [pytest.param("llmfast", marks=needs_library), ""])
 @pytest.mark.parametrize("bias", [True, False])
-def test_opcheck_of_the_chunked_losses(bias, native):
+def test_opcheck_of_the_chunked_losses(bias, kernel):
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     b = torch.randn(11, requires_grad=True) if bias else None
     target, counts = torch.arange(6), torch.tensor([1.0, 0, 1, 1, 0, 1])
     raw = torch.ops.llmfast
-    torch.library.opcheck(raw.chunked_rows.default, (x, weight, b, target, counts, 0.1, torch.float32, native))
+    torch.library.opcheck(raw.chunked_rows.default, (x, weight, b, target, counts, 0.1, torch.float32, kernel))
     wants = [True, True, bias]
-    arguments = (x, weight, b, target, counts, counts / 4, 0.1, torch.float32, native, wants)
+    arguments = (x, weight, b, target, counts, counts / 4, 0.1, torch.float32, kernel, wants)
     torch.library.opcheck(raw.chunked_sum.default, arguments)
-    if native:
+    if kernel:
         arguments = (*(None if t is None else t.detach() for t in (x, weight, b)), target, counts, 0.1, False, *wants)
         torch.library.opcheck(raw.linear_cross_entropy.default, arguments)
 

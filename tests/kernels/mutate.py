@@ -1,0 +1,98 @@
+"""Breaks the kernels on purpose: each mutation must be caught by one of the lanes.
+
+    python -m tests.kernels.mutate [NAME...]
+
+The lanes themselves show that the kernels as they are pass. A mutation is one exchange of text in a copy of kernels/.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERPRETER, COMPILER = {"TRITON_INTERPRET": "1"}, {"TRITON_INTERPRET": "0"}
+
+
+class Mutation(NamedTuple):
+    file: str
+    old: str
+    new: str
+    lane: dict[str, str]
+    command: tuple[str, ...]
+
+
+NUMERICS = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels/test_numerics.py", "-k")
+MUTATIONS = {
+    "drop the causal skip": Mutation(
+        "causal_attention.py",
+        "end = tl.maximum(tl.minimum((block + 1) * BLOCK_M + offset, keys), 0)  # no",
+        "end = tl.maximum(keys, 0)  # no",
+        INTERPRETER,
+        (*NUMERICS, "beyond_the_diagonal"),
+    ),
+    "forget the diagonal": Mutation(
+        "causal_attention.py",
+        "seen = (key[None, :] <= (query + offset)[:, None]) & (key < keys)[None, :]",
+        "seen = (key[None, :] <= (query + offset)[:, None] + 1) & (key < keys)[None, :]",
+        INTERPRETER,
+        (*NUMERICS, "cached_and_packed"),
+    ),
+    "remove a mask of a load": Mutation(
+        "matmul.py",
+        "mask=(k < K - start)[:, None] & (n < N)[None, :], other=0.0",
+        "mask=(k < K - start)[:, None]",
+        INTERPRETER,
+        ("tests/kernels/guarded.py", "matmul", "100"),
+    ),
+    "unfuse the bias gradient": Mutation(
+        "mlp.py",
+        "            column_sum(sums[: used[0]], dfc_bias)",
+        "            column_sum(dh, dfc_bias)",
+        COMPILER,
+        ("-m", "tests.kernels.aot", "--arch", "90", "--only", "mlp bf16"),
+    ),
+}
+
+
+def caught(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the lane fails, and the last line it says."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        (copy / "llmfast").mkdir()
+        for child in (ROOT / "llmfast").iterdir():
+            if child.name != "kernels":
+                (copy / "llmfast" / child.name).symlink_to(child)
+        shutil.copytree(ROOT / "kernels", copy / "llmfast/kernels")
+        (copy / "tests").symlink_to(ROOT / "tests")
+        file = copy / "llmfast/kernels" / mutation.file
+        text = file.read_text()
+        assert text.count(mutation.old) == 1, f"{mutation.file} has not one {mutation.old!r}"
+        file.write_text(text.replace(mutation.old, mutation.new))
+        environment = {**os.environ, **mutation.lane, "PYTHONPATH": folder}
+        done = subprocess.run(
+            [sys.executable, *mutation.command], cwd=folder, env=environment, capture_output=True, text=True
+        )
+    said = [line for line in done.stdout.splitlines() if line.startswith("E  ") or " FAIL " in line]
+    said.append(f"exit {done.returncode}")  # of a signal, where it is below zero
+    return done.returncode != 0, " ".join(said[0].split())
+
+
+def main(names: list[str]) -> int:
+    missed = 0
+    for name in names or MUTATIONS:
+        began = time.time()
+        found, said = caught(MUTATIONS[name])
+        missed += not found
+        print(f"{'caught' if found else 'MISSED'}: {name} ({time.time() - began:.0f} s): {said}", flush=True)
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
