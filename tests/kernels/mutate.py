@@ -51,12 +51,19 @@ MUTATIONS = {
         INTERPRETER,
         ("tests/kernels/guarded.py", "matmul", "100"),
     ),
-    "unfuse the bias gradient": Mutation(
+    "lose the activation of an epilogue": Mutation(
         "mlp.py",
-        "            column_sum(sums[: used[0]], dfc_bias)",
-        "            column_sum(dh, dfc_bias)",
+        "tl.store(a_ptr + at, activate(h, ACTIVATION).to(a_ptr.dtype.element_ty), mask=inside)\n\n\n@triton.jit",
+        "tl.store(a_ptr + at, h.to(a_ptr.dtype.element_ty), mask=inside)\n\n\n@triton.jit",
+        INTERPRETER,
+        (*NUMERICS, "mlp and 17-13"),
+    ),
+    "tiles too large for an epilogue": Mutation(
+        "configs/sm90.json",
+        '"erf": [1, 1]}, "config": {"BLOCK_M": 128, "BLOCK_N": 64,',
+        '"erf": [1, 1]}, "config": {"BLOCK_M": 128, "BLOCK_N": 128,',
         COMPILER,
-        ("-m", "tests.kernels.aot", "--arch", "90", "--only", "mlp bf16"),
+        ("-m", "tests.kernels.aot", "--arch", "90", "--only", "mlp bf16 erf"),
     ),
 }
 
