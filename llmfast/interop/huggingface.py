@@ -54,8 +54,10 @@ def read(source: Source) -> Model:
 
 
 def _tied(source: Source, root: str) -> bool:
-    tied = source.config.get("tie_word_embeddings", None if "lm_head.weight" in source.tensors else True)
+    tied = source.config.get("tie_word_embeddings")
     if tied is None:
+        if "lm_head.weight" not in source.tensors:
+            return True
         head, table = source.tensors["lm_head.weight"], source.tensors[root + "wte.weight"]
         return source.same("lm_head.weight", root + "wte.weight") or torch.equal(head, table)
     if not isinstance(tied, bool):

@@ -224,7 +224,7 @@ def _configuration(source: Source, model: Model, overrides: dict[str, Any]) -> G
             beside = source.config_file if model.settings is source.config else source.path
             raise UserError(f"{beside}: {name} is {value!r}, but the tensors of {source.path} have {values[option]}")
         values[option] = value
-    if "n_head" in values and overrides.get("n_head", values["n_head"]) != values["n_head"]:
+    if "n_head" in values and "n_head" in overrides and overrides["n_head"] != values["n_head"]:
         raise UserError(f"n_head {overrides['n_head']}: {source.path} has {values['n_head']} heads")
     values |= overrides
     for option, why in model.asks.items():

@@ -146,7 +146,10 @@ def test_an_interrupt_is_one_line():
         "import sys, time; from llmfast.cli import main as cli; "
         "cli._dispatch = lambda _: (print('ready', flush=True), time.sleep(30)); sys.exit(cli.main())"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert only_line(process.communicate(timeout=30)[1]) == "llmfast: interrupted\n"

@@ -121,6 +121,19 @@ def test_a_config_that_disagrees_with_the_tensors_is_refused(tmp_path):
         GPT.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize(("setting", "value"), [("n_head", float("nan")), ("tie_word_embeddings", None)])
+def test_a_config_says_nothing_in_a_strange_way(tmp_path, setting, value):
+    """NaN is unequal to itself, and null stands for what is not said."""
+    FORMATS["hf"](tmp_path / "model")
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
+    if value is None:
+        assert GPT.from_pretrained(tmp_path / "model").config.tie_embeddings
+    else:
+        with pytest.raises(UserError, match="n_head must be a positive integer, got nan"):
+            GPT.from_pretrained(tmp_path / "model")
+
+
 def test_crc32c_is_castagnolis():
     assert crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283
     assert crc32c(np.zeros(32, np.uint8)) == 0x8A9136AA

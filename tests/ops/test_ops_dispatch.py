@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -313,7 +314,8 @@ def test_the_measurement_leaves_random_numbers_threads_and_precision_alone(routi
 def test_the_switch_to_onednn_ends_with_the_last_of_many_threads():
     if matmul._why_not_onednn(torch.float32):
         pytest.skip("no oneDNN here")
-    before = torch.get_float32_matmul_precision()
+    setting = functools.partial(torch._C._get_fp32_precision_getter, "mkldnn", "matmul")
+    before = torch.get_float32_matmul_precision(), setting()
     x, seen = torch.randn(64, 64), []
 
     def work():
@@ -326,8 +328,7 @@ def test_the_switch_to_onednn_ends_with_the_last_of_many_threads():
     for thread in threads:
         thread.join()
     assert len(seen) == 1200
-    assert torch._C._get_fp32_precision_getter("mkldnn", "matmul") == "none"
-    assert torch.get_float32_matmul_precision() == before
+    assert (torch.get_float32_matmul_precision(), setting()) == before
 
 
 def test_a_repeated_route_repeats_the_bits(routing):
