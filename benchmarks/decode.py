@@ -32,7 +32,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from train_step import provenance
+from llmfast.bench.environment import header
 
 OURS = ("float32", "bfloat16", "int8")
 PROVIDERS = [
@@ -182,7 +182,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"{row}   {min(seconds[name]) * 1e3:.2f}-{max(seconds[name]) * 1e3:.2f}")
     if args.json:
         record = {
-            **provenance(),
+            **header("script"),
             "threads": args.threads,
             "weight_bytes": {kind: weight_bytes(kind) for kind in OURS},
             "seconds": seconds,
@@ -226,7 +226,7 @@ def perplexity(args: argparse.Namespace) -> None:
         result[kind] = math.exp(nats / (rounds * rows * T))
         print(f"{kind:9} perplexity {result[kind]:.4f}, {result[kind] / result['float32'] - 1:+.4%} beside float32")
     if args.json:
-        record = {**provenance(), "perplexity": result, "tokens": rounds * rows * T}
+        record = {**header("script"), "perplexity": result, "tokens": rounds * rows * T}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

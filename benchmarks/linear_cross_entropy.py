@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train_step import provenance
+from llmfast.bench.environment import header
 
 SHAPES = [(1024, 768, 50257), (1024, 384, 50304)]
 PROVIDERS = ["eager", "torch", "chunked", "ours"]
@@ -116,7 +116,7 @@ def main() -> None:
                 row = f"{N:>5}x{C}x{V:<6} {dtype:9} {p:8} {1e3 * seconds[p]:8.0f} {record['speedup']:8.2f}"
                 print(f"{row} {rate:8.0f} {memory[p] / 2**20:9.0f} {memory[p] / memory['eager']:9.2f}", flush=True)
     if args.json:
-        record = {**provenance(), "threads": args.threads, "turns": args.turns, "rows": records}
+        record = {**header("script"), "threads": args.threads, "turns": args.turns, "rows": records}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -17,15 +17,13 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
-from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from llmfast.bench.case import resident
-from llmfast.bench.environment import versions
+from llmfast.bench.environment import header
 from llmfast.bench.steps import keep_pages
 from llmfast.bench.train import DISTURBED, sample
 from llmfast.ops.describe import cpu_name
@@ -199,15 +197,8 @@ def main() -> None:
             print(f"{what} of lora / all: {ratio:.2f}, target at most {target}: {'met' if met else 'NOT MET'}")
             targets.append({"what": f"{what} lora / all", "ratio": ratio, "target": target, "met": met})
     if args.json:
-        here = Path(__file__).resolve().parent
-        describe = ["git", "-C", str(here), "describe", "--always", "--dirty=-dirty", "--abbrev=12"]
         record = {
-            "schema": 1,
-            "command": " ".join(["benchmarks/lora.py", *sys.argv[1:]]),
-            "date": str(date.today()),
-            "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip(),
-            "device": f"{cpu_name()}, {os.cpu_count()} cores",
-            "versions": versions(),
+            **header("script"),
             "tokens": B * T,
             "seconds": {kind: [round(t, 6) for t in taken] for kind, taken in seconds.items()},
             "disturbed": {kind: len(samples[kind]) - len(quiet[kind]) for kind in pipes},

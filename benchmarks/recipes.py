@@ -26,7 +26,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from train_step import provenance
+
+from llmfast.bench.environment import header
 
 ROOT = Path(__file__).resolve().parents[1]
 NANOGPT_FLAGS = (
@@ -133,7 +134,7 @@ def main() -> None:
     if {"llmfast", "llmfast_bf16"} <= mean.keys():
         print(f"validation loss, bf16 - fp32: {mean['llmfast_bf16']['val'] - mean['llmfast']['val']:+.4f}")
     if args.json:
-        record = {**provenance(), "seeds": args.seeds, "results": results, "mean": mean}
+        record = {**header("script"), "seeds": args.seeds, "results": results, "mean": mean}
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

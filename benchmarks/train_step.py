@@ -66,11 +66,6 @@ def judge(figures: dict[str, float], pairs: list[tuple[str, str, float]], below:
     return rows
 
 
-def provenance() -> dict[str, Any]:
-    """What a recorded run was: the command, the day, the commit, the machine and the versions."""
-    return header("script", torch.device("cpu"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="30m")
@@ -131,7 +126,7 @@ def main() -> None:
         print(f"{row['what']:60} {row['ratio']:6.2f}   target {row['target']:<5} {verdict}")
     if args.json:
         record = {
-            **provenance(),
+            **header("script"),
             "isa": args.isa or "best",
             "clock": "CPU seconds of one thread" if args.cpu_seconds else "wall",
             "tokens": shape.tokens,

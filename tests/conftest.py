@@ -22,3 +22,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often the fused decoder layer ran, with the C++ ops forced."""
+    from llmfast import ops
+    from llmfast.ops import decoder_layer as fused
+
+    count, run = [0], fused.decoder_layer
+
+    def counted(*args):
+        count[0] += 1
+        return run(*args)
+
+    monkeypatch.setattr(fused, "decoder_layer", counted)
+    with ops.use_backend("cpp"):
+        yield count

@@ -16,6 +16,7 @@ import torch
 from llmfast.ops.describe import cpu_name
 
 SCHEMA = 1
+CPU = torch.device("cpu")
 PACKAGES = (
     "llmfast", "torch", "triton", "numpy", "transformers", "tiktoken", "liger-kernel", "flash-attn", "quack-kernels",
     "xformers", "transformer-engine", "peft",
@@ -51,7 +52,7 @@ def versions() -> dict[str, str]:
     return {**found, "platform": platform.platform()}
 
 
-def header(kind: str, device: torch.device) -> dict[str, Any]:
+def header(kind: str, device: torch.device = CPU) -> dict[str, Any]:
     """The keys that every benchmark file shares. ``kind``: ops, train, generate, data, tune, or script."""
     program = Path(sys.argv[0])
     name = f"benchmarks/{program.name}" if program.parent.name == "benchmarks" else "llmfast"

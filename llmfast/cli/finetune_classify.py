@@ -21,11 +21,9 @@ class ClassifyOptions(ClassifyConfig):
 
 
 def run_classify(options: ClassifyOptions) -> int:
-    from llmfast.finetuning.base import check_before
     from llmfast.finetuning.classify import finetune_classify
     from llmfast.training.device import choose_device, choose_dtype
 
-    check_before(options)
     device = choose_device(options.device)
     check_backend(options.backend, device, choose_dtype(options.dtype, device), loss=False)
     result = finetune_classify(options)

@@ -65,28 +65,14 @@ def exact(layer, x, branch):
         return results(copy.deepcopy(layer).double(), *double)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the fused layer ran, with the C++ ops forced."""
-    count, run = [0], fused.decoder_layer
-
-    def counted(*args):
-        count[0] += 1
-        return run(*args)
-
-    monkeypatch.setattr(fused, "decoder_layer", counted)
-    with ops.use_backend("cpp"):
-        yield count
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("branch", [True, False])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_is_as_exact_as_the_single_ops(name, branch, bf16, calls):
+def test_is_as_exact_as_the_single_ops(name, branch, bf16, fused_calls):
     layer = block(**VARIANTS[name])
     x, b = inputs(layer.ln_1.weight.numel(), branch=branch)
     ours = results(layer, x, b, bf16)
-    assert calls == [1]
+    assert fused_calls == [1]
     with ops.use_backend("torch"):
         single = results(layer, x, b, bf16)
     eps = 2.0**-7 if bf16 else 2.0**-22
@@ -96,15 +82,15 @@ def test_is_as_exact_as_the_single_ops(name, branch, bf16, calls):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 65), (3, 1), (5, 2)])
-def test_small_and_odd_shapes(shape, calls):
+def test_small_and_odd_shapes(shape, fused_calls):
     layer = block(n_embd=5, n_head=1)
     x, b = inputs(5, *shape)
     for a, truth in zip(results(layer, x, b), exact(layer, x, b), strict=True):
         torch.testing.assert_close(a, truth, rtol=1e-4, atol=1e-5)
-    assert calls == [1]
+    assert fused_calls == [1]
 
 
-def test_inputs_and_cotangents_need_not_be_contiguous(calls):
+def test_inputs_and_cotangents_need_not_be_contiguous(fused_calls):
     layer = block()
     x, b = (t.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for t in inputs(21))
     sizes = [t.sum(-1, keepdim=True).expand_as(t) for t in layer(x, b)]  # stride 0
@@ -115,7 +101,7 @@ def test_inputs_and_cotangents_need_not_be_contiguous(calls):
         [torch.ones_like(t) for t in sizes],
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert calls == [2]
+    assert fused_calls == [2]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +121,7 @@ def test_inputs_and_cotangents_need_not_be_contiguous(calls):
         "branch",
     ],
 )
-def test_gradients_of_a_part_are_those_of_the_whole(trained, calls):
+def test_gradients_of_a_part_are_those_of_the_whole(trained, fused_calls):
     layer = block()
     x, b = inputs(21)
     whole = results(layer, x, b)[2:]
@@ -151,7 +137,7 @@ def test_gradients_of_a_part_are_those_of_the_whole(trained, calls):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("branch", [True, False])
-def test_dropout_is_that_of_the_single_ops_and_follows_the_seed(branch, bf16, calls):
+def test_dropout_is_that_of_the_single_ops_and_follows_the_seed(branch, bf16, fused_calls):
     layer = block(dropout=0.3).train()
     x, b = inputs(21, branch=branch)
     runs = []
@@ -159,7 +145,7 @@ def test_dropout_is_that_of_the_single_ops_and_follows_the_seed(branch, bf16, ca
         torch.manual_seed(seed)
         with ops.use_backend(backend):
             runs.append(results(layer, x, b, bf16))
-    assert calls == [3]
+    assert fused_calls == [3]
     for first, again, single in zip(*runs[:3], strict=True):
         assert torch.equal(first, again)
         torch.testing.assert_close(first, single, rtol=0.1 if bf16 else 1e-4, atol=0.2 if bf16 else 1e-5)
@@ -170,7 +156,7 @@ def test_dropout_is_that_of_the_single_ops_and_follows_the_seed(branch, bf16, ca
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_checkpointing_accumulation_and_a_retained_graph_give_the_same_gradients(calls):
+def test_checkpointing_accumulation_and_a_retained_graph_give_the_same_gradients(fused_calls):
     layer = block(dropout=0.2).train()
     x, b = inputs(21)
     leaves = [x, b, *layer.parameters()]
@@ -191,24 +177,24 @@ def test_checkpointing_accumulation_and_a_retained_graph_give_the_same_gradients
         for a, expected in zip(gradients(run, times), once, strict=True):
             assert torch.equal(a, expected)
     assert len(hooked) == 4
-    assert calls == [4]
+    assert fused_calls == [4]
 
 
-def test_a_second_derivative_is_refused(calls):
+def test_a_second_derivative_is_refused(fused_calls):
     layer = block()
     x, b = inputs(21)
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(layer(x, b)[1].sum(), x, create_graph=True)
 
 
-def test_without_gradients_nothing_is_kept(calls):
+def test_without_gradients_nothing_is_kept(fused_calls):
     layer = block()
     x, b = inputs(21)
     expected = layer(x, b)
     with torch.no_grad():
         outputs = layer(x, b)
     assert all(torch.equal(a, e) and a.grad_fn is None for a, e in zip(outputs, expected, strict=True))
-    assert calls == [2]
+    assert fused_calls == [2]
 
 
 class Twice(nn.Module):
@@ -238,16 +224,16 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_part_takes_the_single_ops(name, calls):
+def test_a_changed_part_takes_the_single_ops(name, fused_calls):
     layer = block()
     CHANGES[name](layer)
     x, b = (t.to(layer.ln_1.weight.dtype) for t in inputs(21))
     with ops.use_backend("auto"):
         layer(x, b)
-    assert calls == [0]
+    assert fused_calls == [0]
 
 
-def test_settings_and_routes_decide(calls, monkeypatch):
+def test_settings_and_routes_decide(fused_calls, monkeypatch):
     layer = block()
     x, b = inputs(21)
     for route, backend, count in (
@@ -259,10 +245,10 @@ def test_settings_and_routes_decide(calls, monkeypatch):
         ("default", "cpp", 1),
     ):
         monkeypatch.setattr(fused, "route_of", lambda dtype, route=route: route)
-        calls[0] = 0
+        fused_calls[0] = 0
         with ops.use_backend("auto"), ops.use_backend(backend):
             layer(x, b)
-        assert calls == [count], (route, backend)
+        assert fused_calls == [count], (route, backend)
     assert ops.describe()["decoder_layer"].keys() == {"float32", "bfloat16"}
 
 

@@ -14,7 +14,6 @@ import llmfast
 from llmfast import ops
 from llmfast.interop.accelerate.swap import swap_of
 from llmfast.ops import _library
-from llmfast.ops import decoder_layer as fused
 from tests.interop.accelerate.models import MODELS, C, V, book, hugging_face, loss_of, nanogpt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,19 +28,6 @@ def backend(request):
         pytest.skip("needs the compiled kernels")
     with ops.use_backend("cpp" if request.param == "native" else "torch"):
         yield request.param
-
-
-@pytest.fixture
-def fused_calls(monkeypatch):
-    count, run = [0], fused.decoder_layer
-
-    def counted(*args):
-        count[0] += 1
-        return run(*args)
-
-    monkeypatch.setattr(fused, "decoder_layer", counted)
-    with ops.use_backend("cpp"):
-        yield count
 
 
 def results(model: nn.Module) -> list[torch.Tensor]:
