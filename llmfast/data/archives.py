@@ -48,15 +48,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
         if error.errno not in (None, errno.EINVAL):
             raise  # the disk's
         raise UserError(_damaged(archive, error)) from None
-    except (
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        zlib.error,
-        lzma.LZMAError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except _DAMAGE as error:
         raise UserError(_damaged(archive, error)) from None
 
 

@@ -35,10 +35,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def is_adapter(directory: Path) -> bool:
-    return (directory / WEIGHTS_FILE).is_file()
-
-
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint of an adapted model holds, by the model's names: adapters, head of a task, what else trains."""
     return {
@@ -123,13 +119,13 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """
     directory = Path(directory)
     config = read_config(directory)
-    state = read_adapter(directory)
+    state, stored_splits = read_adapter(directory), _splits(directory)
     shapes = {}
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
         if last != "lora_A":
             continue
-        splits = _splits(directory) if owner.endswith(QKV) else 1
+        splits = stored_splits if owner.endswith(QKV) else 1
         r = tensor.shape[0] // splits
         alpha = _pattern(config.get("alpha_pattern"), owner, config["lora_alpha"]) / splits
         if config.get("use_rslora"):
@@ -187,14 +183,14 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
             stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dict
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is not readable: {error}") from None
-    state = {}
+    state, stored_splits = {}, _splits(directory)
     for name, tensor in stored.items():
         ours = name.removeprefix(_PREFIX).removesuffix(".weight")
         if ours.rpartition(".")[2] not in _PARTS.values():
             ours = name.removeprefix(_PREFIX)
         if not ours.startswith(("transformer.", *(f"{head}." for head in HEADS))):
             ours = f"transformer.{ours}"  # PEFT around a model without a head
-        splits = _splits(directory) if ours.endswith(f"{QKV}.lora_B") else 1
+        splits = stored_splits if ours.endswith(f"{QKV}.lora_B") else 1
         if splits > 1:  # the blocks of a block-diagonal matrix
             rows, columns = tensor.shape[0] // splits, tensor.shape[1] // splits
             tensor = torch.cat([tensor[i * rows :][:rows, i * columns :][:, :columns] for i in range(splits)])
