@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from llmfast.checkpoint import layout
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 from llmfast.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 logger = logging.getLogger("llmfast")
@@ -45,7 +46,7 @@ def verify_checkpoint(path: str | Path) -> None:
             found = file.stat().st_size
             if found != size:
                 raise UserError(f"{file} is damaged: {found:,} bytes instead of {size:,}")
-            if layout.sha256(file) != digest:
+            if hash_file(file).hexdigest() != digest:
                 raise UserError(f"{file} is damaged: its SHA-256 is not the one in {layout.MANIFEST_FILE}")
         except FileNotFoundError:
             raise UserError(f"{file} is missing") from None

@@ -9,7 +9,6 @@ checkpoints/latest, best            symlinks (a one-line text file where the sys
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from pathlib import Path
@@ -88,15 +87,6 @@ def write_pointer(root: Path, name: str, target: str) -> None:
         fsync(new)
     os.replace(new, root / name)
     fsync(root)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(1 << 20))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-        return digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

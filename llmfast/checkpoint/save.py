@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from llmfast.checkpoint import layout
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 
 
 def save_checkpoint(
@@ -89,7 +90,7 @@ def _write_manifest(directory: Path) -> None:
     files = {}
     for path in sorted(directory.iterdir()):
         layout.fsync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": layout.sha256(path)}
+        files[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path).hexdigest()}
     manifest = directory / layout.MANIFEST_FILE
     _write_json(manifest, {"format": layout.MANIFEST_FORMAT, "files": files})
     layout.fsync(manifest)

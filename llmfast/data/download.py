@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import http.client
 import logging
 import os
@@ -27,6 +26,7 @@ from llmfast.config import suggest
 from llmfast.data.archives import unpack
 from llmfast.data.catalog import ENTRIES, HUB, Remote
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 
 logger = logging.getLogger("llmfast")
 
@@ -88,7 +88,7 @@ def fetch(
             packed = _arrive(remote.urls, archive, remote.archive_sha256, None, progress, patience or Patience())
             part = _unpacked(packed, remote, target)
         if sha256 is None:
-            _record(target, file_sha256(part))
+            _record(target, hash_file(part).hexdigest())
         os.replace(part, target)
     return target
 
@@ -96,7 +96,7 @@ def fetch(
 def _keep(target: Path, sha256: str | None) -> Path:
     if sha256 is None:
         raise UserError(f"{target} is in the way: move it, or choose another folder")
-    if file_sha256(target) != sha256:
+    if hash_file(target).hexdigest() != sha256:
         raise UserError(
             f"{target} is there already, and its SHA-256 is not {sha256}: move it, or choose another folder"
         )
@@ -112,7 +112,7 @@ def _unpacked(packed: Path, remote: Remote, target: Path) -> Path:
         member = folder / str(remote.member)
         if not member.is_file():
             raise UserError(f"{remote.urls[0]} holds no {remote.member}")
-        if remote.sha256 is not None and file_sha256(member) != remote.sha256:
+        if remote.sha256 is not None and hash_file(member).hexdigest() != remote.sha256:
             raise UserError(f"{remote.member} in {remote.urls[0]} has not the SHA-256 {remote.sha256}: not kept")
         os.replace(member, part)
     finally:
@@ -130,7 +130,7 @@ def _arrive(
         try:
             for _ in range(2 if part.exists() else 1):  # what lies there may be half of another file
                 _receive(url, target, size, progress, patience, resumable=sha256 is not None)
-                if sha256 is None or (found := file_sha256(part)) == sha256:
+                if sha256 is None or (found := hash_file(part).hexdigest()) == sha256:
                     _etag_file(target).unlink(missing_ok=True)
                     return part
                 _forget(target)
@@ -332,12 +332,3 @@ def _recorded(target: Path) -> str | None:
 def _record(target: Path, sha256: str) -> None:
     _hash_file(target).write_text(f"{sha256}  {target.name}\n", encoding="utf-8")
     logger.warning("nobody published a hash of %s: trusted as it came, SHA-256 %s", target.name, sha256)
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

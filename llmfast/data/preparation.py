@@ -12,10 +12,11 @@ from typing import Any, Literal
 from llmfast.data.corpus_pass import CorpusPass, better_threshold, fresh_state, say
 from llmfast.data.encode import CLEANINGS, Settings, chunk_texts
 from llmfast.data.readers import Span, read_chunks, split_characters
-from llmfast.data.shards import FORMAT, FORMAT_VERSION, SPLITS, OutputFolder, hash_file
+from llmfast.data.shards import FORMAT, FORMAT_VERSION, SPLITS, OutputFolder
 from llmfast.data.sources import Source, find_sources
 from llmfast.data.workers import available_cores
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 from llmfast.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, train_bpe, train_char
 
 Paths = str | Path | Iterable[str | Path]

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 from llmfast.tokenizer import TOKENIZER_FILE, Tokenizer
 
 META_FILE = "meta.json"
@@ -250,11 +251,3 @@ class ShardWriter:
     def record(self) -> list[dict[str, Any]]:
         """One {file, tokens[, sha256]} a shard."""
         return [dict(shard) for shard in self._shards]
-
-
-def hash_file(path: Path) -> Any:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest

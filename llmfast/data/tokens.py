@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from llmfast.data.readers import optional_module
-from llmfast.data.shards import FORMAT, FORMAT_VERSION, META_FILE, hash_file
+from llmfast.data.shards import FORMAT, FORMAT_VERSION, META_FILE
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 from llmfast.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 # llm.c's header: 256 int32, of which magic, version and number of tokens; uint16 for GPT-2, uint32 for Llama 3.

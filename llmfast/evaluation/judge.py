@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import statistics
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 from llmfast.errors import UserError
 from llmfast.evaluation.judge_client import ChatClient, Message, NoAnswer, NoServer
 from llmfast.evaluation.similarity import similarity
+from llmfast.files import write_whole
 
 PROMPT = (
     "Given the input `{task}` and correct output `{reference}`, score the model response `{response}` on a scale from "
@@ -248,12 +248,7 @@ def write_scores(path: Path, name: str, scores: list[Score], kept: dict[str, Sco
     done = {score.key for score in scores}
     rows = [*scores, *(score for key, score in kept.items() if key not in done)]
     text = json.dumps({"format": FORMAT, "judge": name, "scores": [asdict(score) for score in rows]}, indent=1)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, text + "\n")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from llmfast.checkpoint import find_checkpoint, load_model, load_tokenizer_of
 from llmfast.config import FinetuneConfig
 from llmfast.errors import UserError
+from llmfast.files import write_whole
 from llmfast.nn import GPT, GPTForClassification, add_lora
 from llmfast.nn.adapter import weights_sha256
 from llmfast.tokenizer import Tokenizer, load_tokenizer
@@ -131,9 +131,7 @@ def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]], *, resum
                 )
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
-        unfinished = file.with_name(f".{file.name}")
-        unfinished.write_bytes(text)
-        os.replace(unfinished, file)
+        write_whole(file, text)
 
 
 def read_splits(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from llmfast.checkpoint import load_training_state
 from llmfast.config import ClassifyConfig
+from llmfast.files import write_whole
 from llmfast.finetuning.base import (
     Base,
     Examples,
@@ -102,7 +102,8 @@ def finetune_classify(config: ClassifyConfig, *, progress: bool = True) -> Class
         load_training_state(best, model)
     scores = {name: trainer.evaluate(data) if data else None for name, data in held_out.items()}
     found = ClassifyResult(result, splits.labels, trained, scores["validation"], scores["test"])
-    write_results(Path(config.out, RESULTS_FILE), found)
+    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_whole(Path(config.out, RESULTS_FILE), text)
     return found
 
 
@@ -221,9 +222,3 @@ def class_probabilities(model: GPTForClassification, ids: list[list[int]], *, ba
         lengths = torch.tensor([len(ids[i]) for i in rows], device=device)
         found[rows] = model(padded, lengths).float().softmax(1).cpu()
     return found
-
-
-def write_results(path: Path, result: ClassifyResult) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)

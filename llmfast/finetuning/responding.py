@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llmfast.errors import UserError
+from llmfast.files import write_whole
 from llmfast.finetuning.prompts import Conversation, PromptStyle, encode
 from llmfast.generation import generate
 from llmfast.nn import GPT
@@ -58,10 +58,8 @@ def write_responses(path: Path, records: Sequence[dict[str, Any]], responses: Se
     """Write each record with its "model_response" as a JSON list; the file appears whole or not at all."""
     # A JSON escape may name half a character, which no file holds.
     entries = [{**record, "model_response": text} for record, text in zip(records, responses, strict=True)]
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    text = replace_surrogates(json.dumps(entries, indent=4, ensure_ascii=False))
     try:
-        text = replace_surrogates(json.dumps(entries, indent=4, ensure_ascii=False))
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, text + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None

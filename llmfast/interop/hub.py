@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from llmfast.data.catalog import ENTRIES, HUB_MODELS, OPENAI_SIZES
-from llmfast.data.download import fetch, file_sha256
+from llmfast.data.download import fetch
 from llmfast.errors import UserError
+from llmfast.files import hash_file
 
 NAMES = (*HUB_MODELS, *(f"openai-community/{name}" for name in HUB_MODELS))
 
@@ -82,7 +83,7 @@ def _check(blob: Path, sha256: str | None) -> None:
     mark = f"{blob}\n{state.st_size} {state.st_mtime_ns}\n"
     if seen.exists() and seen.read_text(encoding="utf-8", errors="replace") == mark:
         return
-    if (found := file_sha256(blob)) != sha256:
+    if (found := hash_file(blob).hexdigest()) != sha256:
         raise UserError(f"{blob} has the SHA-256 {found} instead of {sha256}: remove it, and it is fetched again")
     seen.parent.mkdir(parents=True, exist_ok=True)
     seen.write_text(mark, encoding="utf-8")

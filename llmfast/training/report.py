@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from llmfast.files import write_whole
 from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means
 
 METRICS = "step tokens loss train_loss val_loss lr grad_norm tokens_per_second mfu".split()  # the order in a line
@@ -197,6 +198,4 @@ def _samples_until(path: Path, step: int) -> list[str]:
 def _keep(path: Path, lines: list[str]) -> None:
     """Cut a file to ``lines``, in one step."""
     if path.exists():
-        shorter = path.with_name(f".{path.name}")
-        shorter.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(shorter, path)
+        write_whole(path, "".join(f"{line}\n" for line in lines))

@@ -12,6 +12,7 @@ from llmfast.checkpoint import remove_stale
 from llmfast.config import TrainConfig
 from llmfast.data.shards import lock_file
 from llmfast.errors import UserError
+from llmfast.files import write_whole
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -65,9 +66,7 @@ class RunDirectory:
         no option of this kind of run."""
         left_out = {"resume", *getattr(config, "hidden", ())}
         values = {key: value for key, value in dataclasses.asdict(config).items() if key not in left_out}
-        new = self.path / f".{CONFIG_FILE}"
-        new.write_text(to_toml(values), encoding="utf-8")
-        os.replace(new, self.path / CONFIG_FILE)
+        write_whole(self.path / CONFIG_FILE, to_toml(values))
 
 
 def to_toml(values: dict[str, Any]) -> str:
