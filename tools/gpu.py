@@ -64,6 +64,14 @@ def facts(options: argparse.Namespace, folder: Path) -> list[str] | str:
     return ["bash", "-c", "nvidia-smi; nvcc --version; " + " ".join(python("-m", "llmfast", "info"))]
 
 
+def conformance(options: argparse.Namespace, folder: Path) -> list[str] | str:
+    compiler = "g++ -std=c++17 -DLLMFAST_EMULATE -x c++" if options.rehearse else "nvcc -std=c++17 -arch=native"
+    if shutil.which(compiler.split()[0]) is None:
+        return f"no {compiler.split()[0]} on PATH"
+    program = folder / "conformance"
+    return ["bash", "-c", f"{compiler} -Icsrc tests/emulation/conformance.cu -o {program} && {program}"]
+
+
 def build(options: argparse.Namespace, folder: Path) -> list[str] | str:
     missing = [tool for tool in ("cmake", "ninja", "g++") if shutil.which(tool) is None]
     if missing:
@@ -155,6 +163,7 @@ def report(options: argparse.Namespace, folder: Path) -> list[str] | str:
 
 
 STAGES = [
+    Stage("conformance", 60, "each wrapper of PTX does what its emulation does", conformance),
     Stage("build", 150, "the extension, in place, with nvcc where it is", build),
     Stage("facts", 30, "driver, compiler, what llmfast sees", facts),
     Stage("kernels", 75, "every implementation on the GPU against float64",

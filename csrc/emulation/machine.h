@@ -42,6 +42,7 @@ struct Error : std::runtime_error {
 struct Config {
   unsigned seed = 0;       // 0: warps and lanes ascending, 1: descending, else: random order with this seed
   int64_t only_block = -1; // run just this block of the grid: offsets beyond 2^31 in milliseconds
+  bool late_copies = true; // asynchronous copies land at the last moment they may, else at once
 };
 inline Config config;
 
@@ -61,6 +62,7 @@ struct Site {
 struct Hooks {
   void (*block_begin)(int threads) = nullptr;
   void (*sync)(const int* threads, int n) = nullptr;  // all-to-all ordering among these threads
+  void (*access)(const void* p, size_t bytes, bool write, const void* pc) = nullptr;  // by the emulator for a thread
 };
 inline Hooks hooks;
 inline bool user_code = false;  // kernel code runs, not the emulator
@@ -76,6 +78,13 @@ struct Quiet {
     asm volatile("" ::: "memory");
     user_code = was;
   }
+};
+
+// One cp.async under way: 16 bytes, zeros without a source.
+struct Copy {
+  void* to;
+  const void* from;
+  Site site;
 };
 
 enum class State { ready, at_block, at_warp, done };
@@ -97,6 +106,8 @@ struct Thread {
   Site site;
   unsigned mask;
   void* argument;
+  std::vector<Copy> copies;               // issued,
+  std::vector<std::vector<Copy>> groups;  // and committed
 };
 
 struct SharedArray {
@@ -205,6 +216,8 @@ inline void prepare_block(int n, dim3 block) {
     thread.linear = i;
     thread.index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     thread.state = State::ready;
+    thread.copies.clear();
+    thread.groups.clear();
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(thread.stack, kStackBytes);
 #endif
@@ -272,6 +285,20 @@ inline void warp_collective(const char* what, unsigned mask, void* argument, voi
   if (orders_memory && hooks.sync) hooks.sync(threads, n);
   for (int i = 0; i < n; ++i) machine.threads[threads[i]].state = State::ready;
   machine.warp_waiting[warp] -= n;
+}
+
+// ---- accesses that the compiler does not see -------------------------------------------------------------------------
+
+inline void note(const void* p, size_t bytes, bool write, const Site& site) {
+  if (hooks.access) hooks.access(p, bytes, write, site.address);
+}
+
+inline void land(const Copy& copy) {
+  note(copy.to, 16, true, copy.site);
+  if (copy.from)
+    memcpy(copy.to, copy.from, 16);
+  else
+    memset(copy.to, 0, 16);
 }
 
 // ---- a launch -------------------------------------------------------------------------------------------------------

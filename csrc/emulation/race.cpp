@@ -113,6 +113,9 @@ struct Install {
         ++clocks[threads[i]][threads[i]];
       }
     };
+    emu::hooks.access = [](const void* p, size_t bytes, bool write, const void* pc) {
+      check(reinterpret_cast<uintptr_t>(p), bytes, write, pc);
+    };
   }
 } install;
 

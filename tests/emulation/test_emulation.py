@@ -66,7 +66,7 @@ def compile_test(build: str, sources: list[Path], out: Path, *extra: str) -> Pat
 def cached_test(build: str, sources: list[Path]) -> Path:
     """As compile_test, under build/emulation/; compiled again only when a source has changed."""
     digest = hashlib.sha256((FLAGS + str(BUILDS[build])).encode())
-    for path in sorted([*sources, *CSRC.glob("emulation/*"), *CSRC.glob("cuda/*")]):
+    for path in sorted([*sources, *CSRC.glob("emulation/*"), *CSRC.glob("cuda/*"), *HERE.glob("*.h")]):
         digest.update(path.read_bytes())
     directory = ROOT / "build/emulation"
     directory.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,20 @@ def test_layer_norm_equals_float64_under_every_schedule(build, cases, environmen
 def test_layer_norm_reaches_offsets_beyond_32_bits():
     done = run(cached_test("release", [HERE / "layer_norm.cpp", CSRC / "cuda/layer_norm.cu"]), "huge")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("build", ["release", "sanitized", "race"])
+def test_every_wrapper_of_ptx_does_what_it_says(build):
+    done = run(cached_test(build, [HERE / "conformance.cu"]))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
+def test_the_conformance_test_compiles_for_a_gpu(tmp_path):
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-Werror=all-warnings", f"-I{CSRC}", HERE / "conformance.cu"]
+    done = subprocess.run([*command, "-o", tmp_path / "conformance"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
 
 
 FLOAT32_ONLY = [
