@@ -3,7 +3,14 @@
 
 #include <string>
 
-STABLE_TORCH_LIBRARY(llmfast, m) {
+#ifdef LLMFAST_EMULATE  // beside csrc/cuda/*.cpp alone, cuda/glue.h
+#define LLMFAST_NAMESPACE llmfast_emulated
+#else
+#define LLMFAST_NAMESPACE llmfast
+#endif
+#define LLMFAST_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+LLMFAST_LIBRARY(LLMFAST_NAMESPACE, m) {
   // x (..., N); weight, bias (N,); y as x, contiguous; mean, rstd float32 (rows,).
   m.def("layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   // dweight, dbias have weight's dtype (x's without weight) and are empty where the parameter is absent.
@@ -93,6 +100,7 @@ STABLE_TORCH_LIBRARY(llmfast, m) {
   m.def("cpu_isa() -> str");
 }
 
+#ifndef LLMFAST_EMULATE
 namespace {
 
 std::string build_config() {
@@ -104,3 +112,4 @@ std::string build_config() {
 STABLE_TORCH_LIBRARY_IMPL(llmfast, CompositeExplicitAutograd, m) {
   m.impl("build_config", TORCH_BOX(&build_config));
 }
+#endif

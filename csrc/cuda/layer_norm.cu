@@ -2,8 +2,10 @@
 //   forward:  mean = sum(x) / N, rstd = 1 / sqrt(sum((x - mean)^2) / N + eps), y = (x - mean) rstd w + b
 //   backward: with g = dy w and h = (x - mean) rstd:  dx = rstd (g - sum(g) / N - h sum(g h) / N),
 //             dw = sum over rows of dy h, db = sum over rows of dy
+// Before it, where there is a residual:  s = residual + dropout(x), which takes x's place, and after the backward:
+//             dresidual = dx + ds, dx = dropout mask * dresidual   (x is then s, ds what reaches s beside y)
 // A block of G x Y threads holds Y rows at a time, each row in the registers of G threads (16 elements a thread), so that
-// memory is touched once: 2 (forward) and 3 (backward) times rows N sizeof(T) bytes.
+// memory is touched once: 2 (forward) and 3 (backward) times rows N sizeof(T) bytes, with a residual 4 and up to 5.
 // The backward is a persistent grid of one block a multiprocessor. A thread keeps its columns' share of dw and db in
 // registers over all its rows; a block adds up its Y shares and writes one row of partial sums, and a second kernel adds
 // those rows. No atomics: the result is the same in every run.
@@ -67,9 +69,22 @@ __device__ inline void store_row(T* row, int n, const float (&in)[kElements]) {
   }
 }
 
-template <typename T, typename W, int N>
+// Dropout of the thread's part of a row.
+template <int N>
+__device__ inline void drop_row(const Dropout& dropout, int64_t row, float (&v)[kElements]) {
+  const uint64_t seed = uint64_t(*dropout.seed);
+#pragma unroll
+  for (int p = 0; p < kElements / N; ++p) {
+    const unsigned bits = kept<N>(seed, dropout.drop, row, pack_column<N>(p));
+#pragma unroll
+    for (int e = 0; e < N; ++e) v[p * N + e] = bits >> e & 1 ? v[p * N + e] * dropout.scale : 0.f;
+  }
+}
+
+template <typename T, typename W, int N, bool kAdd>
 __global__ void __launch_bounds__(kMaxThreads)
-    forward_kernel(const T* x, const W* w, const W* b, T* y, float* mean, float* rstd, int64_t rows, int n, float eps) {
+    forward_kernel(const T* x, const T* residual, const W* w, const W* b, T* stored, T* y, float* mean, float* rstd,
+                   int64_t rows, int n, float eps, Dropout dropout) {
   LLMFAST_SHARED(float, scratch, 2 * kMaxWarps);
   // Every thread of a block makes the same number of steps: row_sum has a barrier.
   for (int64_t row0 = int64_t(blockIdx.x) * blockDim.y; row0 < rows; row0 += int64_t(gridDim.x) * blockDim.y) {
@@ -77,6 +92,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     const bool there = row < rows;
     float v[kElements];
     load_row<N>(x + row * n, there, n, v);
+    if constexpr (kAdd) {
+      if (dropout.seed) drop_row<N>(dropout, row, v);
+      float r[kElements];
+      load_row<N>(residual + row * n, there, n, r);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) v[i] = float(T(v[i] + r[i]));  // the backward pass sees what was stored
+      if (there) store_row<N>(stored + row * n, n, v);
+    }
     float s = 0.f;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) s += v[i];
@@ -134,10 +157,10 @@ __device__ inline void write_partial(const float (&share)[kElements], float* sum
   }
 }
 
-template <typename T, typename W, int N>
+template <typename T, typename W, int N, bool kAdd>
 __global__ void __launch_bounds__(kMaxThreads)
-    backward_kernel(const T* dy, const T* x, const W* w, const float* mean, const float* rstd, T* dx, float* dw_partial,
-                    float* db_partial, int64_t rows, int n) {
+    backward_kernel(const T* dy, const T* ds, const T* x, const W* w, const float* mean, const float* rstd, T* dx,
+                    T* dropped, float* dw_partial, float* db_partial, int64_t rows, int n, Dropout dropout) {
   LLMFAST_SHARED(float, scratch, 4 * kMaxWarps);
   LLMFAST_DYN_SHARED(float, sums, 16);
   float dw[kElements] = {}, db[kElements] = {};
@@ -172,7 +195,20 @@ __global__ void __launch_bounds__(kMaxThreads)
     turn ^= 1;
 #pragma unroll
     for (int i = 0; i < kElements; ++i) g[i] = rs * (g[i] - sum_g - h[i] * sum_gh);
+    if constexpr (kAdd) {
+      if (ds) {
+        load_row<N>(ds + row * n, there, n, h);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) g[i] += h[i];
+      }
+    }
     if (there) store_row<N>(dx + row * n, n, g);
+    if constexpr (kAdd) {
+      if (dropped && there) {
+        drop_row<N>(dropout, row, g);
+        store_row<N>(dropped + row * n, n, g);
+      }
+    }
   }
   if (dw_partial) write_partial<N>(dw, sums, dw_partial + int64_t(blockIdx.x) * n, n);
   if (db_partial) write_partial<N>(db, sums, db_partial + int64_t(blockIdx.x) * n, n);
@@ -205,24 +241,26 @@ bool aligned(const P*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-template <typename T, typename W, int N>
+template <typename T, typename W, int N, bool kAdd>
 cudaError_t forward(const LayerNormForward& a, int multiprocessors, cudaStream_t stream) {
   const int x = row_threads(a.n), y = x < kForwardThreads ? kForwardThreads / x : 1;
   const int64_t steps = (a.rows + y - 1) / y, most = int64_t(multiprocessors) * 32;
-  LLMFAST_LAUNCH((forward_kernel<T, W, N>), unsigned(steps < most ? steps : most), dim3(x, y), 0, stream,
-                 static_cast<const T*>(a.x), static_cast<const W*>(a.w), static_cast<const W*>(a.b),
-                 static_cast<T*>(a.y), a.mean, a.rstd, a.rows, a.n, a.eps);
+  LLMFAST_LAUNCH((forward_kernel<T, W, N, kAdd>), unsigned(steps < most ? steps : most), dim3(x, y), 0, stream,
+                 static_cast<const T*>(a.x), static_cast<const T*>(a.residual), static_cast<const W*>(a.w),
+                 static_cast<const W*>(a.b), static_cast<T*>(a.s), static_cast<T*>(a.y), a.mean, a.rstd, a.rows, a.n,
+                 a.eps, a.dropout);
   return cudaGetLastError();
 }
 
-template <typename T, typename W, int N>
+template <typename T, typename W, int N, bool kAdd>
 cudaError_t backward(const LayerNormBackward& a, int multiprocessors, cudaStream_t stream) {
   const int x = row_threads(a.n), blocks = layer_norm_backward_blocks(a.rows, a.n, multiprocessors);
   float* dw_partial = a.dw ? a.partial : nullptr;
   float* db_partial = a.db ? a.partial + int64_t(blocks) * a.n : nullptr;
-  LLMFAST_LAUNCH((backward_kernel<T, W, N>), unsigned(blocks), dim3(x, kMaxThreads / x), a.n * sizeof(float), stream,
-                 static_cast<const T*>(a.dy), static_cast<const T*>(a.x), static_cast<const W*>(a.w), a.mean, a.rstd,
-                 static_cast<T*>(a.dx), dw_partial, db_partial, a.rows, a.n);
+  LLMFAST_LAUNCH((backward_kernel<T, W, N, kAdd>), unsigned(blocks), dim3(x, kMaxThreads / x), a.n * sizeof(float),
+                 stream, static_cast<const T*>(a.dy), static_cast<const T*>(a.ds), static_cast<const T*>(a.x),
+                 static_cast<const W*>(a.w), a.mean, a.rstd, static_cast<T*>(a.dx), static_cast<T*>(a.dropped), dw_partial,
+                 db_partial, a.rows, a.n, a.dropout);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess || !a.dw) return error;
   LLMFAST_LAUNCH((add_partials_kernel<W>), dim3((a.n + kColumns - 1) / kColumns, a.db ? 2 : 1), dim3(kColumns, kRowGroups), 0,
@@ -230,13 +268,16 @@ cudaError_t backward(const LayerNormBackward& a, int multiprocessors, cudaStream
   return cudaGetLastError();
 }
 
-// Calls f(T(), W(), N) for the types of x and of the parameters and the elements of an access.
+// Calls f(T(), W(), N, add) for the types of x and of the parameters and the elements of an access.
 template <typename Args, typename F>
-cudaError_t dispatch(const Args& a, bool is_aligned, F f) {
+cudaError_t dispatch(const Args& a, bool is_aligned, bool add, F f) {
+  const auto with_add = [&](auto t, auto w, auto n) {
+    return add ? f(t, w, n, std::true_type()) : f(t, w, n, std::false_type());
+  };
   const auto with_types = [&](auto t, auto w) {
     constexpr int kFull = 16 / sizeof(t);
-    return is_aligned && a.n % kFull == 0 ? f(t, w, std::integral_constant<int, kFull>())
-                                          : f(t, w, std::integral_constant<int, 1>());
+    return is_aligned && a.n % kFull == 0 ? with_add(t, w, std::integral_constant<int, kFull>())
+                                          : with_add(t, w, std::integral_constant<int, 1>());
   };
   const auto with_dtype = [&](auto t) { return a.float_parameters ? with_types(t, float()) : with_types(t, t); };
   switch (a.dtype) {
@@ -255,14 +296,16 @@ int layer_norm_backward_blocks(int64_t rows, int n, int multiprocessors) {
 }
 
 cudaError_t layer_norm_forward(const LayerNormForward& a, int multiprocessors, cudaStream_t stream) {
-  return dispatch(a, aligned(a.x, a.w, a.b, a.y), [&](auto t, auto w, auto n) {
-    return forward<decltype(t), decltype(w), decltype(n)::value>(a, multiprocessors, stream);
+  const bool is_aligned = aligned(a.x, a.residual, a.w, a.b, a.s, a.y);
+  return dispatch(a, is_aligned, a.residual != nullptr, [&](auto t, auto w, auto n, auto add) {
+    return forward<decltype(t), decltype(w), decltype(n)::value, decltype(add)::value>(a, multiprocessors, stream);
   });
 }
 
 cudaError_t layer_norm_backward(const LayerNormBackward& a, int multiprocessors, cudaStream_t stream) {
-  return dispatch(a, aligned(a.dy, a.x, a.w, a.dx), [&](auto t, auto w, auto n) {
-    return backward<decltype(t), decltype(w), decltype(n)::value>(a, multiprocessors, stream);
+  const bool is_aligned = aligned(a.dy, a.ds, a.x, a.w, a.dx, a.dropped);
+  return dispatch(a, is_aligned, a.ds || a.dropped, [&](auto t, auto w, auto n, auto add) {
+    return backward<decltype(t), decltype(w), decltype(n)::value, decltype(add)::value>(a, multiprocessors, stream);
   });
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 #include "cuda/dialect.h"
+#include "cuda/philox.h"
 
 namespace llmfast::cuda {
 
@@ -16,6 +17,9 @@ struct LayerNormForward {
   int64_t rows;
   int n;
   float eps;
+  const void* residual = nullptr;  // where given, s = residual + dropout(x) is stored, and is what is normalised
+  void* s = nullptr;
+  Dropout dropout = {};
 };
 
 // dw (n,) of w's type is null where w is; db (n,) of w's type may be null. `partial` is scratch: float32 (blocks, n) for
@@ -29,6 +33,9 @@ struct LayerNormBackward {
   float* partial;
   int64_t rows;
   int n;
+  const void* ds = nullptr;  // added to dx: the gradient that reaches the sum beside y's
+  void* dropped = nullptr;   // dropout's mask times dx
+  Dropout dropout = {};
 };
 
 // Blocks that the backward runs on a GPU of `multiprocessors`, and hence the rows of its scratch.

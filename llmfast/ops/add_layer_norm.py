@@ -20,7 +20,6 @@ from llmfast.ops._samples import Randn, pick, tensor_bytes
 from llmfast.ops.layer_norm import (
     check_parameters,
     layer_norm_eager,
-    layer_norm_native,
     layer_norm_reference,
     native_declines,
     native_implementations,
@@ -61,8 +60,8 @@ def _kernel(
         return raw.add_layer_norm_fwd.default(x, residual, weight, bias, eps, dropout_p, seed)[:2]
 
 
-# csrc/cpu/layer_norm.cpp; kernels/layer_norm.py
-_fused = functools.partial(_kernel, torch.ops.llmfast)
+# csrc/cpu/layer_norm.cpp and csrc/cuda/layer_norm.cu; kernels/layer_norm.py
+_native = functools.partial(_kernel, torch.ops.llmfast)
 _triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
 
@@ -140,14 +139,6 @@ def _register(namespace: str = "llmfast") -> None:
     torch.library.register_autograd(f"{namespace}::add_layer_norm_fwd", backward, setup_context=setup)
 
 
-def _composed(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """The native layer_norm of a GPU after PyTorch's sum."""
-    total = residual + dropout(x, dropout_p)
-    return layer_norm_native(total, weight, bias, eps), total
-
-
 def _declines(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float
 ) -> list[str]:
@@ -206,7 +197,7 @@ _op = Op(
     inputs=_inputs,
     cost=_cost,
     implementations=[
-        *native_implementations(_composed, _fused, _declines),
+        *native_implementations(_native, _declines),
         _triton.implementation(_triton_kernel, _triton_declines),
         Implementation("torch", _eager, "PyTorch"),
     ],

@@ -140,14 +140,12 @@ def small_on_cpu(x: Tensor, *_: Any) -> bool:
     return x.numel() < 32768
 
 
-def native_implementations(
-    cuda: Callable[..., Any], cpp: Callable[..., Any], declines: Callable[..., list[str]]
-) -> list[Implementation]:
-    """The kernels of csrc/ behind ``cuda`` and ``cpp``."""
+def native_implementations(run: Callable[..., Any], declines: Callable[..., list[str]]) -> list[Implementation]:
+    """The kernels of csrc/ behind ``run``."""
     low, loaded = (torch.float32, torch.bfloat16), _library.unavailable
     return [
-        Implementation("cuda", cuda, "ours", ("cuda",), (*low, torch.float16), loaded, declines),
-        Implementation("cpp", cpp, "ours", ("cpu",), low, loaded, declines, not_worth=small_on_cpu),
+        Implementation("cuda", run, "ours", ("cuda",), (*low, torch.float16), loaded, declines),
+        Implementation("cpp", run, "ours", ("cpu",), low, loaded, declines, not_worth=small_on_cpu),
     ]
 
 
@@ -203,7 +201,7 @@ layer_norm_op = Op(
     inputs=_inputs,
     cost=_cost,
     implementations=[
-        *native_implementations(layer_norm_native, layer_norm_native, native_declines),
+        *native_implementations(layer_norm_native, native_declines),
         _triton.implementation(layer_norm_triton, triton_declines),
         Implementation("torch", layer_norm_eager, "PyTorch"),
     ],

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not fou
 
 
 def gcc(*arguments: str | Path) -> None:
-    command = ["g++", *FLAGS.split(), f"-I{CSRC}", *map(str, arguments)]
+    command = ["g++", *FLAGS.split(), f"-I{CSRC}", f"-I{HERE}", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
