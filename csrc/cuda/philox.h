@@ -18,6 +18,7 @@ inline Dropout make_dropout(const int64_t* seed, double p) {
   return {seed, limit, float(two32 / (two32 - limit))};
 }
 
+#if defined(__CUDACC__) || defined(LLMFAST_EMULATE)
 __device__ inline void philox(uint64_t seed, int64_t row, int64_t quad, uint32_t (&words)[4]) {
   uint32_t c0 = uint32_t(quad), c1 = uint32_t(row), c2 = uint32_t(row >> 32), c3 = uint32_t(quad >> 32);
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -55,5 +56,6 @@ __device__ inline unsigned kept(uint64_t seed, uint32_t drop, int64_t row, int64
   }
   return bits;
 }
+#endif
 
 }  // namespace llmfast::cuda

@@ -9,79 +9,16 @@ LLMFAST_EMULATION_CASES sets the number of random cases (release; the slower bui
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from builds import CSRC, HERE, cached_test, compile_test, run
 
-ROOT = Path(__file__).resolve().parents[2]
-CSRC = ROOT / "csrc"
-HERE = Path(__file__).resolve().parent
 CASES = int(os.environ.get("LLMFAST_EMULATION_CASES", "120"))
 
-# -fno-thread-jumps: a barrier that gcc has duplicated would look like two. -fstack-clash-protection: a frame larger
-# than the guard page below a fiber's stack touches that page on its way.
-FLAGS = (
-    "-std=c++17 -g -O1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -fno-thread-jumps"
-    " -fstack-clash-protection -DLLMFAST_EMULATE"
-)
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
-# name -> flags of the kernels, of the rest, and of the link
-BUILDS = {
-    "release": ("", "", ""),
-    "sanitized": (SANITIZE, SANITIZE, SANITIZE),
-    "race": ("-fsanitize=thread -fno-threadsafe-statics", "", "-rdynamic"),
-    "ucontext": ("-DLLMFAST_EMULATE_UCONTEXT", "-DLLMFAST_EMULATE_UCONTEXT", ""),
-}
-
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
-
-
-def gcc(*arguments: str | Path) -> None:
-    command = ["g++", *FLAGS.split(), f"-I{CSRC}", f"-I{HERE}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def compile_test(build: str, sources: list[Path], out: Path, *extra: str) -> Path:
-    """The test program made of ``sources`` (.cu files are kernels) in the given build."""
-    kernel_flags, other_flags, link_flags = (flags.split() for flags in BUILDS[build])
-    sources = sources + ([CSRC / "emulation/race.cpp"] if build == "race" else [])
-
-    def compile_one(i: int) -> Path:
-        flags = kernel_flags if sources[i].suffix == ".cu" else other_flags
-        gcc(*flags, *extra, "-x", "c++", "-c", sources[i], "-o", out.with_suffix(f".{i}.o"))
-        return out.with_suffix(f".{i}.o")
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, range(len(sources))))
-    gcc(*link_flags, *objects, "-ldl", "-o", out)
-    return out
-
-
-def cached_test(build: str, sources: list[Path]) -> Path:
-    """As compile_test, under build/emulation/; compiled again only when a source has changed."""
-    digest = hashlib.sha256((FLAGS + str(BUILDS[build])).encode())
-    for path in sorted([*sources, *CSRC.glob("emulation/*"), *CSRC.glob("cuda/*"), *HERE.glob("*.h")]):
-        digest.update(path.read_bytes())
-    directory = ROOT / "build/emulation"
-    directory.mkdir(parents=True, exist_ok=True)
-    name = f"{sources[0].stem}-{build}"
-    out = directory / f"{name}-{digest.hexdigest()[:16]}"
-    if not out.exists():
-        for stale in directory.glob(f"{name}-*"):
-            stale.unlink()
-        compile_test(build, sources, out.with_suffix(".new")).rename(out)
-    return out
-
-
-def run(program: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": "", **environment}
-    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=600)
 
 
 @pytest.mark.parametrize(

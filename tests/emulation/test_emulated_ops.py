@@ -1,0 +1,109 @@
+"""The CUDA ops as a whole, on CPU tensors: csrc/cuda/*.cpp between torch and the emulated kernels, against float64.
+
+What it cannot show is CUDA itself: streams, devices, and that a real GPU does what the emulator does.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+
+import pytest
+import torch
+from builds import cached_library
+
+from llmfast.ops import _library, _triton, _verify, use_backend
+from llmfast.ops._registry import OPS, Implementation, forget_choices
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+OPS_HERE = ["layer_norm", "add_layer_norm"]
+SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
+
+
+@pytest.fixture(scope="module")
+def raw():
+    """The namespace of the emulated raw ops, with their fakes and autograd."""
+    if not hasattr(torch.ops.llmfast_emulated, "layer_norm_fwd"):
+        torch.ops.load_library(str(cached_library()))
+        for register in _triton._on_load:
+            register("llmfast_emulated")
+    return torch.ops.llmfast_emulated
+
+
+@pytest.fixture(autouse=True)
+def _emulated(raw, monkeypatch, one_thread):
+    """Backend "cuda" of every op runs on CPU tensors."""
+    for name in OPS_HERE:
+        op = OPS[name]
+        cuda = next(i for i in op.implementations if i.backend == "cuda")
+        run = cuda.run.func if hasattr(cuda.run, "func") else cuda.run
+        keywords = {k: "llmfast_emulated" for k in getattr(cuda.run, "keywords", {})}
+        first = () if keywords else (raw,)
+
+        def emulated(*args, run=run, first=first, keywords=keywords):
+            return run(*first, *args, **keywords)
+
+        ours = Implementation("cuda", emulated, "ours", ("cpu",), cuda.dtypes, None, cuda.declines)
+        monkeypatch.setattr(op, "implementations", [ours, *(i for i in op.implementations if i.backend != "cuda")])
+    forget_choices()
+    yield
+    forget_choices()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS_HERE)
+def test_samples_and_random_shapes_equal_float64(name, dtype):
+    op = OPS[name]
+    rng = random.Random(zlib.crc32(f"{name} {dtype}".encode()))
+    for shape in [*op.samples, *(op.random_shape(rng) for _ in range(4))]:
+        ratio, where = _verify.worst_ratio(op, "cuda", shape, dtype)
+        assert ratio <= 1, f"{shape}: {where} is {ratio:.2f} times the allowed error off"
+
+
+def test_the_dropout_mask_is_the_cpu_kernels(raw):
+    assert _library.why_not_loaded() is None
+    x, zeros = torch.ones(67, 130), torch.zeros(67, 130)
+    arguments = (x, zeros, None, None, 1e-5, 0.3, SEED)
+    ours, cpu = (ops.add_layer_norm_fwd(*arguments)[1] for ops in (raw, torch.ops.llmfast))
+    assert torch.equal(ours, cpu)
+    assert 0.2 < (ours == 0).float().mean() < 0.4
+
+
+def detached(*values):
+    return tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in values)
+
+
+def check(forward, backward, inputs, of_backward):
+    """opcheck of ``forward`` with ``inputs``, and of ``backward`` with ``of_backward(inputs, outputs)``."""
+    torch.library.opcheck(forward.default, inputs)
+    with torch.no_grad():
+        outputs = forward(*inputs)
+        torch.library.opcheck(backward.default, detached(*of_backward(detached(*inputs), outputs)))
+
+
+def randn(*shapes, dtype=torch.float32):
+    return [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def test_opcheck_of_the_layer_norms(raw):
+    inputs = (*randn((3, 5, 17), (17,), (17,)), 1e-5)
+    check(raw.layer_norm_fwd, raw.layer_norm_bwd, inputs, lambda i, o: (o[0], i[0], i[1], o[1], o[2], True))
+    x, residual, w, b = randn((3, 5, 17), (3, 5, 17), (17,), (17,))
+    check(
+        raw.add_layer_norm_fwd,
+        raw.add_layer_norm_bwd,
+        (x, residual, w, b, 1e-5, 0.3, SEED),
+        lambda i, o: (o[0], o[1], o[1], i[2], o[2], o[3], True, torch.float32, 0.3, SEED),
+    )
+
+
+@pytest.mark.parametrize("name", OPS_HERE)
+def test_torch_compile_takes_it_without_a_graph_break(name):
+    op = OPS[name]
+    inputs = op.inputs(op.samples[0], torch.float32)
+    with use_backend("cuda"):
+        want = op.function(**inputs)
+        compiled = torch.compile(lambda kw: op.function(**kw), fullgraph=True, backend="aot_eager")(inputs)
+    torch.testing.assert_close(compiled, want)
