@@ -67,8 +67,10 @@ bench: $(VENV)/ready
 gpu:
 	$(PYTHON) tools/gpu.py $(GPU_FLAGS)
 
+# .ci/triton_lane leaves a Python that has Triton: there, its kernels run in Triton's interpreter.
 gpu-rehearsal: $(VENV)/ready
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python tools/gpu.py --rehearse --again --minutes 30 --patience 5 $(GPU_FLAGS)
+	PATH=$(abspath $(BIN)):$$PATH $(firstword $(wildcard .ci/work/triton/bin/python) $(BIN)/python) \
+	  tools/gpu.py --rehearse --again --minutes 30 --patience 5 $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist .ci/work *.egg-info llmfast/*.so

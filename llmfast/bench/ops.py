@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +14,14 @@ from llmfast.bench.case import MODES, Case
 from llmfast.bench.ceilings import Ceilings, measure_ceilings
 from llmfast.bench.environment import header
 from llmfast.bench.providers import Call, CannotRun, Provider, providers
-from llmfast.bench.timing import Clock, Spread, interleave, paired_ratio, spread
+from llmfast.bench.timing import SAMPLE, Clock, Spread, interleave, paired_ratio, spread
 from llmfast.config import suggest
 from llmfast.errors import UserError
 from llmfast.ops._registry import OPS, Op
 
 SAMPLES = {"cuda": 30, "cpu": 10}
-LONG = 0.5  # seconds of one call from which on a third of the samples will do
+SECONDS = 4.0  # for one mode of one case on a CPU; the samples that do not fit are not taken, but for the first FEWEST
+FEWEST = 5
 BASELINE = "eager"
 
 
@@ -61,7 +61,6 @@ def bench_ops(
     who = pick(among or providers(), chosen.providers)
     dtypes = chosen.dtypes or ([torch.bfloat16] if gpu else [torch.float32, torch.bfloat16])
     caches = chosen.caches or (("hot", "cold") if gpu else ("hot",))
-    samples = chosen.samples or SAMPLES.get(device.type, 10)
     cases = [
         (OPS[name], shape, dtype)
         for name in names
@@ -70,14 +69,14 @@ def bench_ops(
     ]
     results = header("ops", device)
     ceilings = measure_ceilings(device, dtypes)
-    results |= {"ceilings": ceilings.to_dict(), "samples": samples, "ops": [], "wrong": [], "not_run": []}
+    results |= {"ceilings": ceilings.to_dict(), "samples": chosen.samples, "ops": [], "wrong": [], "not_run": []}
     from tqdm import tqdm
 
     with tqdm(cases, unit="case", disable=None if progress else True, leave=False, dynamic_ncols=True) as bar:
         for op, shape, dtype in bar:
             bar.set_description(f"{op.name} {describe_shape(shape)} {_name(dtype)}")
             one = _Runner(op, shape, dtype, device, ceilings)
-            for key, rows in one.run(who, chosen.modes, caches, samples).items():
+            for key, rows in one.run(who, chosen.modes, caches, chosen.samples).items():
                 results[key] += rows
             keep(results)
             del one
@@ -113,7 +112,7 @@ class _Runner:
             self.rows["not_run"].append({**self.what, "provider": "all", "why": "the inputs do not fit into memory"})
 
     def run(
-        self, who: list[Provider], modes: tuple[str, ...], caches: tuple[str, ...], samples: int
+        self, who: list[Provider], modes: tuple[str, ...], caches: tuple[str, ...], samples: int | None
     ) -> dict[str, list[dict[str, Any]]]:
         if self.case is None:
             return self.rows
@@ -168,13 +167,17 @@ class _Runner:
         return wrong
 
     def _times(
-        self, ready: dict[str, tuple[Provider, Call]], mode: str, cache: str, samples: int
+        self, ready: dict[str, tuple[Provider, Call]], mode: str, cache: str, samples: int | None
     ) -> dict[str, list[float]]:
         assert self.case is not None
         clock = Clock(self.device, cold=cache == "cold")
         tasks = {name: self.case.task(provider, call, mode) for name, (provider, call) in ready.items()}
-        slowest = max(clock.sample(task, 1) for task in tasks.values())
-        return interleave(clock, tasks, samples if slowest < LONG else math.ceil(samples / 3))
+        if samples is None:
+            samples, gpu = SAMPLES.get(self.device.type, 10), self.device.type == "cuda"
+            if not gpu:
+                turn = sum(max(clock.sample(task, 1), SAMPLE[gpu]) for task in tasks.values())
+                samples = min(samples, max(FEWEST, int(SECONDS / turn)))
+        return interleave(clock, tasks, samples)
 
     def _record(
         self,

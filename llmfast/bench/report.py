@@ -12,6 +12,7 @@ from typing import Any
 import llmfast
 from llmfast.bench.tables import (
     COLUMNS,
+    LEGEND,
     ceilings_line,
     data_table,
     describe_shape,
@@ -234,7 +235,7 @@ def _ops(results: dict[str, Any]) -> str:
                 where = mode if cache == "hot" else f"{mode}, {cache}"
                 rows.append([record["provider"], where, *(cell(record) for _, cell in COLUMNS)])
         parts.append(f"<h3>{_text('  '.join(key))}</h3>{_table(rows, best)}")
-    return "".join(parts) + _others(results)
+    return "".join(parts) + f"<p class=note>{_text(LEGEND)}</p>" + _others(results)
 
 
 def _steps(results: dict[str, Any]) -> str:

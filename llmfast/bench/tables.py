@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llmfast.bench.case import WRONG
 from llmfast.bench.ops import describe_shape
 
 Row = list[str]
@@ -53,7 +54,12 @@ COLUMNS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
     ("rate", rate),
     ("of floor", lambda r: f"{r['share']:.2f}"),
     ("extra MB", lambda r: memory(r.get("peak_bytes"))),
+    ("error", lambda r: f"{r['error_ratio']:.2f}" if "error_ratio" in r else ""),
 ]
+LEGEND = (
+    "error: the largest against float64, in units of what the op's tests allow (twice eager PyTorch's and a few eps); "
+    f"up to {WRONG:g} is another order of adding long sums, more is WRONG"
+)
 
 
 def groups(records: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -80,7 +86,7 @@ def ops_table(results: dict[str, Any], ansi: bool = False) -> str:
             if "why" in m
         ]
         parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, LEGEND])
 
 
 def _block(records: list[dict[str, Any]], ansi: bool) -> str:

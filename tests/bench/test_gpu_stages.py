@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 import tarfile
 import time
@@ -37,7 +40,7 @@ def drive(gpu, tmp_path, monkeypatch):
             words = code if reason else gpu.python("-c", code)
             made.append(gpu.Stage(name, seconds, name, lambda o, f, words=words: words))
         options = argparse.Namespace(minutes=minutes, patience=1.0, rehearse=False, again=again, full=False)
-        code = gpu.run(options, made, tmp_path / "results", no_gpu)
+        code = gpu.run(options, made, tmp_path / "results", no_gpu or ("a GPU", [9, 0]))
         return code, json.loads((tmp_path / "results" / "summary.json").read_text())["stages"]
 
     return run
@@ -74,6 +77,77 @@ def test_what_passed_is_not_run_again(drive, tmp_path):
     assert count.read_text() == "xx"
     drive({"one": (20, code)}, again=True)
     assert count.read_text() == "xxx"
+
+
+def test_what_passed_is_run_again_for_other_sources_or_on_another_machine(drive, gpu, tmp_path, monkeypatch):
+    count = tmp_path / "count"
+    stages = {"one": (20, f"open({str(count)!r}, 'a').write('x')")}
+    drive(stages)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text("changed")
+    drive(stages)
+    drive(stages)
+    assert count.read_text() == "xx"
+    drive(stages, no_gpu="no GPU here")
+    drive(stages)
+    assert count.read_text() == "xxx"
+
+
+def test_a_machine_without_git_runs_all_the_same(drive, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert drive({"one": (20, "")})[0] == 0
+
+
+def test_ending_the_command_ends_its_stage(tmp_path):
+    """Stages are sessions of their own: nothing else would end them."""
+    program = f"""
+import argparse, importlib.util, sys
+spec = importlib.util.spec_from_file_location("gpu", {str(PATH)!r})
+gpu = sys.modules["gpu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
+hang = gpu.python("-c", "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+gpu.STAGES = [gpu.Stage("hangs", 60, "hangs", lambda o, f: hang)]
+gpu.find_gpu, gpu.ROOT, gpu.prepare = lambda: ("a GPU", [9, 0]), gpu.Path({str(tmp_path)!r}), lambda: None
+sys.exit(gpu.main([]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pid = tmp_path / "pid"
+    until(lambda: pid.exists() and pid.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) != 0
+    until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
+
+
+def until(true):
+    for _ in range(200):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("nothing happened in 20 s")
+
+
+def test_what_the_stages_expect_is_prepared(gpu, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "llmfast").mkdir()
+    gpu.prepare()
+    gpu.prepare()
+    assert (tmp_path / "llmfast" / "kernels").resolve() == tmp_path / "kernels"
+    assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_the_sanitizer_looks_at_our_own_kernels(gpu, tmp_path, monkeypatch):
+    import argparse
+
+    (tmp_path / "compute-sanitizer").write_text("#!/bin/sh\n")
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = argparse.Namespace(rehearse=False, full=False, patience=1.0)
+    command = " ".join(gpu.sanitize(options, tmp_path))
+    assert "--kernel-name kns=llmfast" in command
+    assert "--kernel-name kns=_layer_norm_forward" in command
+    assert "tile_of" not in command  # no kernel: a function of kernels
 
 
 def test_without_a_gpu_every_stage_says_so_and_nothing_runs(drive, tmp_path):
@@ -115,4 +189,6 @@ def test_every_op_has_a_stage_and_shapes_that_it_reads(gpu):
 def test_this_machine_says_whether_it_has_a_gpu(gpu):
     import torch
 
-    assert (gpu.why_no_gpu() is None) == torch.cuda.is_available()
+    found = gpu.find_gpu()
+    assert isinstance(found, tuple) == torch.cuda.is_available()
+    assert isinstance(found, tuple) or torch.__version__ in found

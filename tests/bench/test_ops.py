@@ -110,6 +110,44 @@ def test_a_provider_that_is_wrong_is_reported_and_not_timed(cheat):
     assert "cheat: WRONG: " in tables.ops_table(results)
 
 
+def test_products_of_lower_precision_are_wrong_and_another_order_of_adding_is_not():
+    """The rule for errors beyond the tests' limit: docs/benchmarks.md."""
+    shape = {"rows": (1024,), "C": 64, "M": 96}
+
+    def provider(name, product):
+        def make(op, inputs):
+            def call():
+                x, w1, b1, w2, b2 = (inputs[k] for k in ("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias"))
+                return product(torch.nn.functional.gelu(product(x, w1) + b1, approximate="tanh"), w2) + b2
+
+            return call
+
+        return Provider(name, make)
+
+    class RunningSums(torch.autograd.Function):
+        """x @ w.T, whose gradient by w adds row after row."""
+
+        @staticmethod
+        def forward(ctx, x, w):
+            ctx.save_for_backward(x, w)
+            return x @ w.t()
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, w = ctx.saved_tensors
+            dw = torch.zeros_like(w)
+            for row, d in zip(x, dy, strict=True):
+                dw.addr_(d, row)
+            return dy @ w, dw
+
+    low = provider("low", lambda x, w: (x.bfloat16() @ w.bfloat16().t()).float())
+    results = run(low, provider("running", RunningSums.apply), ops=["mlp"], shapes=[shape], modes=("both",))
+    assert [r["provider"] for r in results["wrong"]] == ["low"]
+    (running,) = results["ops"]
+    assert 1 < running["error_ratio"] < 4
+    assert f"{running['error_ratio']:.2f}" in tables.ops_table(results)
+
+
 def test_reasons_of_a_provider_that_cannot_run_are_shown():
     def declines(op, inputs):
         raise CannotRun("no such device")
@@ -130,6 +168,27 @@ def test_the_same_provider_twice_is_even_within_the_printed_spread():
     for record in again:
         _, low, high = record["ratio_to_eager"]
         assert low <= 1.0 <= high
+
+
+def test_a_slower_provider_is_not_even():
+    """What the test above would see."""
+
+    def slower(inputs):
+        for _ in range(4):
+            y = right(inputs)
+        return y
+
+    results = run(made("eager", right), made("slower", slower), samples=15, modes=("forward",))
+    assert results["ops"][1]["ratio_to_eager"][0] < 0.7
+
+
+def test_on_a_cpu_long_calls_get_fewer_samples_unless_a_number_is_asked_for(monkeypatch):
+    monkeypatch.setattr("llmfast.bench.ops.SECONDS", 0.008)
+    shape = {"modes": ("forward",), "samples": None}
+    assert run(made("eager", right), **shape)["ops"][0]["samples"] == 8
+    monkeypatch.setattr("llmfast.bench.ops.SECONDS", 0.001)
+    assert run(made("eager", right), **shape)["ops"][0]["samples"] == 5
+    assert run(made("eager", right), **{**shape, "samples": 7})["ops"][0]["samples"] == 7
 
 
 def test_a_record_says_what_was_done_and_how_fast():
