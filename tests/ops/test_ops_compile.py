@@ -13,11 +13,13 @@ from llmfast.ops import _library, _verify
 from llmfast.ops._registry import OPS, use_backend
 
 needs_library = pytest.mark.skipif(_library.why_not_loaded() is not None, reason=str(_library.why_not_loaded()))
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 BACKENDS = [
-    pytest.param(name, implementation.backend, id=f"{name}-{implementation.backend}")
+    pytest.param(name, implementation.backend, device, id=f"{name}-{implementation.backend}-{device}")
     for name, op in OPS.items()
     for implementation in op.implementations
-    if not implementation.why_not_on(torch.device("cpu"), torch.float32)
+    for device in DEVICES
+    if not implementation.why_not_on(torch.device(device), torch.float32)
 ]
 
 
@@ -28,10 +30,10 @@ def _fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("name", "backend"), BACKENDS)
-def test_compiles_whole_with_the_same_results_and_gradients(name, backend):
+@pytest.mark.parametrize(("name", "backend", "device"), BACKENDS)
+def test_compiles_whole_with_the_same_results_and_gradients(name, backend, device):
     op = OPS[name]
-    inputs = op.inputs(op.samples[0], torch.float32, "cpu")
+    inputs = op.inputs(op.samples[0], torch.float32, device)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     with use_backend(f"{name}={backend}"):
         exact = _verify.outputs_and_gradients(op.function, inputs)
