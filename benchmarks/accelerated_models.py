@@ -1,12 +1,12 @@
 """Training steps of other people's models before and after ``llmfast.accelerate(model)``, on the CPU.
 
-Each model is a pair in one process: one step of the original, one of the accelerated model, in turns, restored and
-accelerated again in between, so that both see the same machine. Processor seconds of all threads are kept beside the
-seconds on the clock: with OMP_NUM_THREADS=1 they tell the ratio on a machine that others use, too. "As users run it"
-is PyTorch as it comes; "tuned" is after ``llmfast.tune_process()`` (an allocator that keeps its pages), where the
-original also gets whichever float32 matmul precision is faster. A second process a model does that, for the allocator
-cannot be set back. The ratio is the median over the turns of original / accelerated, its spread the quarter and three
-quarter points.
+Each model is a pair of processes, the original and the one after ``accelerate``: a step of the one, a step of the
+other, in turns, so that both see the same machine. Processor seconds of all threads are kept beside the seconds on the
+clock: with OMP_NUM_THREADS=1 they tell the ratio on a machine that others use, too. "As is" the original is what its
+users run and the accelerated one has the one line more (with the allocator it sets); "tuned" gives the original that
+allocator, too, and whichever float32 matmul precision is faster. After the last turn the accelerated model is restored
+and takes its steps in turn with the original again. The ratio is the median over the turns of original / accelerated,
+its spread the quarter and three quarter points.
 
     LLMFAST_PEERS=folder/with/nanoGPT/and/LLMs-from-scratch python benchmarks/accelerated_models.py --json out.json
 """
@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -58,59 +58,86 @@ def build(name: str) -> tuple[Any, Callable[[], Any]]:
     return model, lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
-def measure(name: str, tuned: bool, turns: int) -> dict[str, Any]:
-    """Seconds of a step, original and accelerated, turn by turn, and the first losses of both."""
+def serve(name: str, accelerated: bool, tuned: bool, pipe: Connection) -> None:
+    """Answer "step" with its seconds, on the clock and of the processor, and do "restore", until "end" comes."""
     import torch
 
     import llmfast
 
     model, loss_of = build(name)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # as the peers' CPU users have it
     setting = str(llmfast.tune_process()) if tuned else "PyTorch as it comes"
+    if accelerated:
+        setting = llmfast.accelerate(model).process or setting
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)  # as the peers' CPU users have it
 
     def step() -> tuple[float, float]:
-        """Seconds on the clock and of the processor."""
         start = time.perf_counter(), time.process_time()
         loss_of().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - start[0], time.process_time() - start[1]
 
-    precision = "highest"
-    if tuned:
+    def choose_precision() -> str:
         seconds = {}
-        for candidate in ("highest", "medium"):
-            torch.set_float32_matmul_precision(candidate)
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
             step()
-            seconds[candidate] = min(step()[0] for _ in range(2))
-        precision = min(seconds, key=seconds.__getitem__)
-        setting += f"; the original's matmul precision {precision}"
-    first = []
-    for swap in (llmfast.restore, llmfast.accelerate):
-        swap(model)
-        first.append(loss_of().item())
-    taken: dict[str, list[float]] = {"original": [], "accelerated": []}
-    busy: dict[str, list[float]] = {"original": [], "accelerated": []}
-    for _ in range(turns):
-        for kind, swap in (("original", llmfast.restore), ("accelerated", llmfast.accelerate)):
-            swap(model)
-            torch.set_float32_matmul_precision(precision if kind == "original" else "highest")
+            seconds[precision] = min(step()[0] for _ in range(2))
+        fastest = min(seconds, key=seconds.__getitem__)
+        torch.set_float32_matmul_precision(fastest)
+        return fastest
+
+    loss = loss_of().item()
+    if tuned and not accelerated:
+        setting += f"; matmul precision {choose_precision()}"
+    step()
+    pipe.send({"setting": setting, "loss": loss, "threads": torch.get_num_threads()})
+    while (order := pipe.recv()) != "end":
+        if order == "restore":
+            llmfast.restore(model)
+            if tuned:
+                choose_precision()
             step()
-            clock, processor = zip(*(step() for _ in range(2)), strict=True)
-            taken[kind].append(min(clock))
-            busy[kind].append(min(processor))
-    return {
-        "seconds": taken,
-        "processor_seconds": busy,
-        "threads": torch.get_num_threads(),
-        "losses": first,
-        "setting": setting,
-    }
+        pipe.send(step() if order == "step" else None)
 
 
-def ratios(seconds: dict[str, list[float]]) -> list[float]:
-    """original / accelerated, turn by turn"""
-    return [a / b for a, b in zip(seconds["original"], seconds["accelerated"], strict=True)]
+def measure(name: str, tuned: bool, turns: int) -> dict[str, Any]:
+    """Steps of the original beside the accelerated model and then the restored one, and what both processes say."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes, told = {}, [], {}
+    for kind in ("original", "accelerated"):
+        pipes[kind], there = spawn.Pipe()
+        processes.append(spawn.Process(target=serve, args=(name, kind == "accelerated", tuned, there), daemon=True))
+        processes[-1].start()
+        there.close()  # so that recv() ends where the process does
+        told[kind] = pipes[kind].recv()
+
+    def ask(kind: str, order: str) -> Any:
+        pipes[kind].send(order)
+        return pipes[kind].recv()
+
+    phases = {}
+    for phase in ("accelerated", "restored"):
+        if phase == "restored":
+            ask("accelerated", "restore")
+        taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in pipes}
+        for _ in range(turns):
+            for kind in pipes:
+                taken[kind].append(min(ask(kind, "step") for _ in range(2)))
+        phases[phase] = {**compared(taken, 0), "processor": compared(taken, 1)}
+    for kind, process in zip(pipes, processes, strict=True):
+        pipes[kind].send("end")
+        process.join()
+    return {**phases, "processes": told}
+
+
+def compared(taken: dict[str, list[tuple[float, float]]], clock: int) -> dict[str, Any]:
+    """Seconds by one of the two clocks, and the ratio of the turns with its spread."""
+    seconds = {kind: [step[clock] for step in steps] for kind, steps in taken.items()}
+    low, ratio, high = statistics.quantiles(
+        [a / b for a, b in zip(seconds["original"], seconds["accelerated"], strict=True)], n=4
+    )
+    return {"ratio": ratio, "spread": [low, high], "seconds": seconds}
 
 
 def main() -> None:
@@ -119,26 +146,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
     rows = []
-    print(
-        f"{'model':12} {'setting':8} {'original ms':>12} {'accelerated':>12} {'ratio':>6} {'spread':>12} "
-        f"{'processor':>9} {'target':>7}"
-    )
+    print(f"{'model':12} {'setting':8} {'original ms':>12} {'accelerated':>12} {'ratio':>6} {'spread':>12} "
+          f"{'processor':>9} {'restored':>9} target")  # fmt: skip
     for name in args.models:
         for tuned in (False, True):
-            with ProcessPoolExecutor(1, mp_context=spawn) as process:
-                row = process.submit(measure, name, tuned, args.turns).result()
-            low, ratio, high = statistics.quantiles(ratios(row["seconds"]), n=4)
-            processor = statistics.median(ratios(row["processor_seconds"]))
-            target = 1.0 if tuned else TARGET
-            ms = {kind: 1e3 * statistics.median(taken) for kind, taken in row["seconds"].items()}
-            verdict = f"{target} {'met' if ratio >= target else 'NOT MET'}"
-            kind = "tuned" if tuned else "as is"
-            print(f"{name:12} {kind:8} {ms['original']:12.0f} {ms['accelerated']:12.0f} {ratio:6.2f} "
-                  f"{low:5.2f} - {high:4.2f} {processor:9.2f} {verdict:>7}", flush=True)  # fmt: skip
-            rows.append({"model": name, "tuned": tuned, "ratio": ratio, "spread": [low, high],
-                         "processor_ratio": processor, "target": target, **row})  # fmt: skip
+            row = measure(name, tuned, args.turns)
+            fast, target = row["accelerated"], 1.0 if tuned else TARGET
+            ms = {kind: 1e3 * statistics.median(taken) for kind, taken in fast["seconds"].items()}
+            low, high = fast["spread"]
+            print(f"{name:12} {'tuned' if tuned else 'as is':8} {ms['original']:12.0f} {ms['accelerated']:12.0f} "
+                  f"{fast['ratio']:6.2f} {low:5.2f} - {high:4.2f} {fast['processor']['ratio']:9.2f} "
+                  f"{row['restored']['ratio']:9.2f} {target} {'met' if fast['ratio'] >= target else 'NOT MET'}",
+                  flush=True)  # fmt: skip
+            rows.append({"model": name, "tuned": tuned, "target": target, **row})
             if args.json:  # after each row, so that what is measured is kept
                 write(args.json, rows)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from llmfast import ops
 from llmfast.interop.accelerate.attention import AttentionSwap
 from llmfast.interop.accelerate.blocks import LayerSwap
 from llmfast.interop.accelerate.layers import HeadSwap, LoraSwap, NormSwap, PerceptronSwap
@@ -48,6 +49,7 @@ def accelerate(
     mlp: bool = True,
     loss: bool = True,
     lora: bool = True,
+    tune_process: bool = True,
 ) -> Report:
     """Swap the hot paths of this model instance for llmfast's, in place, and report what was swapped and what not.
 
@@ -55,9 +57,11 @@ def accelerate(
     and any tree with nn.LayerNorm or nn.Sequential(Linear, GELU, Linear). Parameters stay the same tensors under the
     same names; hooks stay; nothing global is patched. A module is swapped only where the swap gives the same numbers on
     random parameters, and at each call what the fast way cannot do takes the module's own forward, with a warning said
-    once. Each flag switches a kind of swap; whole decoder layers need the first three. With ``loss``, a model that
-    computes its loss itself returns logits beside it only in evaluation mode, or where ``model.llmfast_return_logits``
-    is True. Modules that are swapped already stay so: a second call does nothing to them.
+    once. Each of the first five flags switches a kind of swap; whole decoder layers need the first three. With
+    ``loss``, a model that computes its loss itself returns logits beside it only in evaluation mode, or where
+    ``model.llmfast_return_logits`` is True. Modules that are swapped already stay so: a second call does nothing to
+    them. With ``tune_process``, and where parameters are on the CPU, ``llmfast.tune_process()`` is called too, which
+    makes the allocator keep the pages of large tensors: it concerns the whole process, and ``restore`` leaves it so.
 
     Raises ``TypeError`` where ``model`` is no module. See docs/accelerate.md.
     """
@@ -87,6 +91,8 @@ def accelerate(
     for module, reason in list(_not_looked_at(modules, reasons)):
         reasons[module] = reason
     report = Report(original_class(model).__name__)
+    if tune_process and any(parameter.device.type == "cpu" for parameter in model.parameters()):
+        report.process = str(ops.tune_process())
     for module, name in modules.items():
         if module in reasons:
             kind, found = original_class(module).__name__, swap_of(module)

@@ -20,10 +20,14 @@ class Entry:
 
 @dataclass
 class Report:
-    """``swapped`` and ``kept`` hold an ``Entry`` for each module looked at; printing it groups modules alike."""
+    """``swapped`` and ``kept`` hold an ``Entry`` for each module looked at; printing it groups modules alike.
+
+    ``process`` says what ``tune_process`` found or set; None where it was not called.
+    """
 
     model: str
     entries: list[Entry] = field(default_factory=list)
+    process: str | None = None
 
     @property
     def swapped(self) -> list[Entry]:
@@ -41,6 +45,8 @@ class Report:
             lines.append("  left as they are:")
         for names, entry in _grouped(self.kept):
             lines.append(f"  - {names} ({entry.type}): {entry.reason}")
+        if self.process:
+            lines.append(f"  the whole process: {self.process}")
         return "\n".join(lines)
 
 

@@ -128,6 +128,16 @@ def test_flags_leave_their_part_alone(flag):
         assert model(X, labels=X).logits is not None
 
 
+def test_the_process_is_tuned_for_a_model_on_the_cpu_unless_it_is_not_wanted():
+    report = llmfast.accelerate(nanogpt())
+    assert report.process == str(ops.tune_process())
+    assert report.process in str(report)
+    assert llmfast.accelerate(nanogpt(), tune_process=False).process is None
+    with torch.device("meta"):
+        elsewhere = nanogpt()
+    assert llmfast.accelerate(elsewhere).process is None
+
+
 def test_what_is_no_module_is_refused():
     for call in (llmfast.accelerate, llmfast.restore):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
