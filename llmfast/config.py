@@ -183,6 +183,11 @@ class TrainConfig:
     )
     compile: bool = option(False, "wrap the model in torch.compile")
     threads: int | None = option(None, "CPU threads (default: one a core)")
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
+        "auto",
+        "of several ranks (torchrun): a copy of the model on each (ddp; auto), its parameters, gradients and optimizer "
+        "state in shards (fsdp), or in shards on every machine (hsdp)",
+    )
 
     max_steps: int = option(1000, "optimizer steps")
     epochs: float | None = option(None, "passes over the training data; replaces --max-steps")

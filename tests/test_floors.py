@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llmfast"
 FLOORS = {
     "errors": -1,  # floor 0 as well; config raises them
-    "config": 0, "files": 0, "kernels": 0, "_C": 0,
+    "config": 0, "files": 0, "ranks": 0, "kernels": 0, "_C": 0,
     "ops": 1, "tokenizer": 1,
     "nn": 2, "data": 2,
     "checkpoint": 3, "generation": 3, "interop": 3,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llmfast.checkpoint import layout
+from llmfast.checkpoint.save import distinct
 from llmfast.errors import UserError
 from llmfast.files import hash_file
 from llmfast.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -38,7 +39,8 @@ def verify_checkpoint(path: str | Path) -> None:
         )
     if layout.CONFIG_FILE not in files:
         raise UserError(f"{manifest_path} does not list {layout.CONFIG_FILE}")
-    if layout.MODEL_FILE not in files and layout.ADAPTER_FILE not in files:
+    weights = {layout.MODEL_FILE, layout.ADAPTER_FILE, layout.SHARDS}
+    if weights.isdisjoint(name.partition("/")[0] for name in files):
         raise UserError(f"{manifest_path} does not list {layout.MODEL_FILE}")
     for name, (size, digest) in files.items():
         file = path / name
@@ -56,7 +58,7 @@ def verify_checkpoint(path: str | Path) -> None:
 
 def _verify(path: Path) -> None:
     """``verify_checkpoint``, once a process for the same files: a command finds its checkpoint several times."""
-    files = [(file.name, file.stat()) for file in (path.iterdir() if path.is_dir() else ())]
+    files = [(str(file), file.stat()) for file in layout.files_in(path)]
     _verify_once(path.resolve(), tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)))
 
 
@@ -197,6 +199,11 @@ def load_training_state(
     from llmfast.nn import adapter, lora
 
     path = Path(path)
+    if (path / layout.SHARDS).is_dir() or any(hasattr(p, "to_local") for p in model.parameters()):
+        from llmfast.checkpoint import shards  # takes a second to import
+
+        shards.load_training_state(path, model, optimizer)
+        return read_state(path)
     if lora.lora_layers(model):
         adapter.fill_adapter(model, path)
     else:
@@ -208,7 +215,7 @@ def load_training_state(
 
 def _load_weights(path: Path, model: torch.nn.Module) -> None:
     weights = _read_tensors(path / layout.MODEL_FILE)
-    for name, tensor in _distinct(model).items():
+    for name, tensor in distinct(model).items():
         if name not in weights:
             raise UserError(f"{path / layout.MODEL_FILE} has no {name}: it is another model's checkpoint")
         if weights[name].shape != tensor.shape:
@@ -216,14 +223,6 @@ def _load_weights(path: Path, model: torch.nn.Module) -> None:
             raise UserError(f"{path / layout.MODEL_FILE}: {name} is {got}, the model wants {want}")
         with torch.no_grad():
             tensor.copy_(weights[name])
-
-
-def _distinct(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors, a tied one only under the first of its names, as it is stored."""
-    distinct: dict[int, tuple[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        distinct.setdefault(id(tensor), (name, tensor))
-    return dict(distinct.values())
 
 
 def _load_optimizer(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 MODEL_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"  # instead of the model's, where a checkpoint holds an adapter
+SHARDS = "shards"  # a folder instead of both files below, where the ranks of a run hold a part each
 CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer.json"
@@ -87,6 +88,11 @@ def write_pointer(root: Path, name: str, target: str) -> None:
         fsync(new)
     os.replace(new, root / name)
     fsync(root)
+
+
+def files_in(directory: Path) -> list[Path]:
+    """Every file of a checkpoint."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 def fsync(path: Path) -> None:

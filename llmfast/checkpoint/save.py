@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,8 @@ def save_checkpoint(
             save_file(optimizer_tensors(model, optimizer), building / layout.OPTIMIZER_FILE)
         if tokenizer is not None:
             tokenizer.save(building)
-        _write_json(building / layout.STATE_FILE, {"step": step, **(state or {})})
-        _write_manifest(building)
-        _publish(building, root / name)
-        layout.write_pointer(root, "latest", name)
-        if best:
-            layout.write_pointer(root, "best", name)
-        _prune(root, keep)
+        write_state(building, step, state or {})
+        publish(building, root / name, checksums(building, layout.files_in(building)), best=best, keep=keep)
     except (OSError, SafetensorError) as error:
         for path in layout.stale_in(root):
             _delete(path)
@@ -75,26 +71,50 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
+def distinct(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors, a tied one only under the first of its names, as it is stored."""
+    found: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
 def remove_stale(root: str | Path) -> None:
     """Delete half-written directories of processes that are gone."""
     for path in layout.stale_in(Path(root)):
         _delete(path)
 
 
+def write_state(directory: Path, step: int, state: dict[str, Any]) -> None:
+    _write_json(directory / layout.STATE_FILE, {"step": step, **state})
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_manifest(directory: Path) -> None:
-    """Record size and SHA-256 of every file, last, with everything on the disk."""
-    files = {}
-    for path in sorted(directory.iterdir()):
+def checksums(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of ``files``, on the disk, by their names in ``directory``."""
+    entries = {}
+    for path in files:
         layout.fsync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path).hexdigest()}
-    manifest = directory / layout.MANIFEST_FILE
+        entries[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path).hexdigest()}
+    return entries
+
+
+def publish(building: Path, final: Path, files: dict[str, dict[str, Any]], *, best: bool, keep: int) -> None:
+    """Write the manifest last, give the complete directory its name, move the pointers, delete what is too old."""
+    manifest = building / layout.MANIFEST_FILE
     _write_json(manifest, {"format": layout.MANIFEST_FORMAT, "files": files})
     layout.fsync(manifest)
-    layout.fsync(directory)
+    for directory in (path for path in building.iterdir() if path.is_dir()):
+        layout.fsync(directory)
+    layout.fsync(building)
+    _publish(building, final)
+    layout.write_pointer(final.parent, "latest", final.name)
+    if best:
+        layout.write_pointer(final.parent, "best", final.name)
+    _prune(final.parent, keep)
 
 
 def _publish(building: Path, final: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,12 @@ FIELD_HELP = "the field of JSON records, and the column of parquet files, that h
 
 
 def note(*words: object) -> None:
-    """Something for the person at the terminal: standard error, so that standard output holds the answer alone."""
-    print(*words, file=sys.stderr, flush=True)
+    """Something for the person at the terminal: standard error, so that standard output holds the answer alone.
+
+    Of several ranks the first one speaks.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:

@@ -119,8 +119,15 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    """Print ``message`` as one line, whatever it holds."""
-    print("llmfast:", " ".join(message.split()), file=sys.stderr)
+    """Print ``message`` as one line, whatever it holds; of several ranks the first to meet it does."""
+    line = " ".join(message.split())
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from llmfast.ranks import speaks
+
+        if not speaks(line):
+            return code
+        line = f"rank {os.environ.get('RANK')}: {line}"
+    print("llmfast:", line, file=sys.stderr)
     return code
 
 

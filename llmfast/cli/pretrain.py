@@ -40,12 +40,15 @@ def default_config(given: dict[str, Any]) -> Path | None:
 
 def run(options: Options) -> int:
     from llmfast.cli.corpus import check_data, resolve_tokenizer
+    from llmfast.ranks import join, leave, was_restarted
     from llmfast.training.device import choose_device, choose_dtype
     from llmfast.training.rundir import CONFIG_FILE, RunDirectory
     from llmfast.training.settings import check
 
     # What can be told before any work is done and anything is written.
     check(options)
+    if was_restarted() and Path(options.out, CONFIG_FILE).exists():
+        options.resume = True
     check_preparing(options)
     if not options.checkpoint:
         shape(options)
@@ -68,8 +71,13 @@ def run(options: Options) -> int:
         with RunDirectory(out, resume=options.resume):
             pass  # complains of another run, and of one in progress
 
-    result = make_trainer(options, start, tokenizer).fit()
-    report(options, result)
+    ranks = join()
+    with ranks.in_turn("data"):
+        trainer = make_trainer(options, start, tokenizer)
+    result = trainer.fit()
+    if ranks.first:
+        report(options, result)
+    leave()
     return 128 + signal.Signals[result.interrupted] if result.interrupted else 0
 
 
@@ -139,10 +147,11 @@ def make_trainer(options: Options, start: Path | None, tokenizer: Tokenizer | st
 
 
 def read_data(options: Options, folder: Path, tokenizer: Tokenizer | str | None) -> Corpus:
-    """The run's tokens; text becomes tokens in ``folder``."""
+    """The run's tokens; text becomes tokens in ``folder``, which the first rank does for all."""
     from llmfast.cli.corpus import open_corpus, open_prepared
+    from llmfast.ranks import is_first
 
-    if holds_data(options):
+    if holds_data(options) or (not is_first() and (folder / "meta.json").exists()):
         return open_prepared(folder)
     return open_corpus(
         options.data,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from llmfast.nn.weights import Stored, Weights, read_safetensors
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+SHARDS = "shards"  # a folder of parts, which the ranks of a run wrote (llmfast.checkpoint.shards)
 MODEL_TYPE = "llmfast"
 CLASSIFIER_TYPE = "llmfast-classifier"
 OVERRIDES = ("dropout", "attn_scale", "activation")
@@ -35,7 +37,7 @@ def save(model: nn.Module, directory: Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             base = getattr(model, "lora_base", None) or {}
             adapter.save_adapter(model, directory, base=base.get("path"))
-            _write_config(describe(model), directory)
+            write_config(describe(model), directory)
         else:
             state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
             if model.config.tie_embeddings:  # type: ignore[union-attr]
@@ -49,10 +51,10 @@ def write(description: dict[str, Any], state: dict[str, Tensor], directory: Path
     """Write contiguous weights that share no memory, and the config."""
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _write_config(description, directory)
+    write_config(description, directory)
 
 
-def _write_config(description: dict[str, Any], directory: Path) -> None:
+def write_config(description: dict[str, Any], directory: Path) -> None:
     text = json.dumps(description, indent=2) + "\n"
     _replace(directory / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -96,10 +98,35 @@ def load(directory: Path, overrides: dict[str, Any]) -> tuple[GPTConfig, Weights
     except (UserError, TypeError) as error:
         raise UserError(f"{directory / CONFIG_FILE}: {error}") from None
     file = directory / WEIGHTS_FILE
+    if (directory / SHARDS).is_dir():
+        return config, Weights(_read_shards(directory / SHARDS), directory / SHARDS, mapped=True)
     if not file.is_file():
         raise UserError(f"{directory} has no {WEIGHTS_FILE} beside its {CONFIG_FILE}: take the model from another copy")
     stored = {name: Stored((name,), (tensor,)) for name, tensor in read_safetensors(file).items()}
     return config, Weights(stored, file, mapped=True)
+
+
+def _read_shards(folder: Path) -> dict[str, Stored]:
+    """The weights of a training checkpoint in shards, each end to end along dimension 0."""
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = read_safetensors(file)
+        try:
+            with safe_open(file, "pt") as opened:
+                places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+            for name, tensor in tensors.items():
+                if "/" not in name and tensor.numel():  # not the optimizer's
+                    parts.setdefault(name, []).append((places[name]["saved_offsets"][0], tensor))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise UserError(f"{file} does not say where its parts belong: {error!r}") from None
+    stored = {}
+    for name, found in parts.items():
+        found.sort(key=lambda part: part[0])
+        ends = itertools.accumulate((len(tensor) for _, tensor in found), initial=0)
+        if any(start != end for (start, _), end in zip(found, ends, strict=False)):
+            raise UserError(f"{folder}: a part of {name} is missing")
+        stored[name] = Stored((name,) * len(found), tuple(tensor for _, tensor in found), even=False)
+    return stored
 
 
 def check_overrides(overrides: dict[str, Any], known: Sequence[str] = OVERRIDES) -> None:

@@ -33,12 +33,13 @@ SHOWN = 200 << 20  # a bar for what takes a moment
 class Stored:
     """One parameter in a file: ``tensors``, which the file calls ``names``, end to end along dimension 0.
 
-    ``transposed``: the file has (in, out) where the parameter is (out, in).
+    ``transposed``: the file has (in, out) where the parameter is (out, in). ``even``: all have as many rows.
     """
 
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     transposed: bool = False
+    even: bool = True
 
     @property
     def views(self) -> tuple[Tensor, ...]:
@@ -85,9 +86,12 @@ class Weights(Mapping[str, Tensor]):
         stored = self.stored.get(name)
         if stored is None:
             raise UserError(f"{self.where} lacks {name}")
-        want = (shape[0] // len(stored.tensors), *shape[1:])
-        want = want[::-1] if stored.transposed else want
-        for own_name, tensor in zip(stored.names, stored.tensors, strict=True):
+        rows = [shape[0] // len(stored.tensors)] * len(stored.tensors)
+        if not stored.even and sum(map(len, stored.tensors)) == shape[0]:
+            rows = list(map(len, stored.tensors))
+        for own_name, tensor, count in zip(stored.names, stored.tensors, rows, strict=True):
+            want = (count, *shape[1:])
+            want = want[::-1] if stored.transposed else want
             if tuple(tensor.shape) != want:
                 raise UserError(f"{self.where}: {own_name} is {tuple(tensor.shape)}, the model wants {want}")
 

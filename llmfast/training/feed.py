@@ -13,6 +13,7 @@ from torch import Tensor
 from llmfast.config import TrainConfig
 from llmfast.data import Batches
 from llmfast.errors import UserError
+from llmfast.ranks import Ranks, share
 
 
 class BatchSource(Protocol):
@@ -47,7 +48,6 @@ class EvalBatches:
     def __init__(self, data: Any, block_size: int, batch_size: int, count: int) -> None:
         own = hasattr(data, "batch")
         self._batches = data if own else Batches(data, block_size, batch_size, shuffle=False)
-        self._size = batch_size
         total = self._batches.samples_per_epoch
         if total < 1:
             raise UserError(
@@ -58,10 +58,38 @@ class EvalBatches:
         starts = [i * batch_size if count == 0 else i * total // self.count for i in range(self.count)]
         self._places = [(start, min(batch_size, total - start)) for start in starts]
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for start, rows in self._places:
-            batch = self._batches.batch(start)
-            yield batch if rows == self._size else tuple(tensor[:rows] for tensor in batch)
+    def of(self, ranks: Ranks) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+        """The batches that are this rank's, and whether they count: as many on every rank, the last may not."""
+        for first in range(0, self.count, ranks.size):
+            number = first + ranks.rank
+            start, rows = self._places[min(number, self.count - 1)]
+            yield rows_of(self._batches.batch(start), rows), number < self.count
+
+
+class RankBatches:
+    """The micro batches of an optimizer step that are this rank's: a share of its samples, cut into at most ``micro``.
+
+    Every rank has ``count`` of them; where a rank has fewer samples, the last ones are repeated and do not count.
+    """
+
+    def __init__(self, batches: BatchSource, batch_size: int, micro: int, ranks: Ranks) -> None:
+        self._batches = batches
+        own = share(batch_size, ranks.rank, ranks.size)
+        self.most = -(-batch_size // ranks.size)  # samples of a step that one rank has
+        self.count = -(-self.most // micro)
+        self._places = [(start, min(micro, own.stop - start)) for start in range(own.start, own.stop, micro)]
+        self._places += [(own.start, 1)] * (self.count - len(self._places))
+        self._counted = -(-len(own) // micro)
+
+    def of_step(self, position: int) -> Iterator[tuple[tuple[Tensor, ...], bool]]:
+        """Of the step whose samples begin at ``position``: (batch, whether it counts)."""
+        for number, (start, rows) in enumerate(self._places):
+            yield rows_of(self._batches.batch(position + start), rows), number < self._counted
+
+
+def rows_of(batch: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
+    """The first ``rows`` samples of a batch."""
+    return batch if len(batch[0]) == rows else tuple(tensor[:rows] for tensor in batch)
 
 
 def fingerprint(data: Any) -> dict[str, Any]:

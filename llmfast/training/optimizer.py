@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from llmfast.config import TrainConfig
 from llmfast.ops import _update
+from llmfast.training.parallel import local
 
 
 def decay_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -50,10 +51,11 @@ class AdamW(torch.optim.Optimizer):
         self._native = False
 
     def _prepare(self) -> None:
-        """Make the state where it is missing, and the lists that the kernel takes: one set a group."""
+        """Make the state where it is missing, and the lists that the kernel takes (of shards, this rank's): one set a
+        group, and the parameters whose they are."""
         self._counts, self._lists = {}, []
         for group in self.param_groups:
-            lists: tuple[list[Tensor], ...] = ([], [], [], [])
+            lists: tuple[list[Tensor], ...] = ([], [], [], [], [])
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -62,12 +64,12 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["step"] = self._counts.setdefault(p.device, state["step"])
-                for column, tensor in zip(
-                    lists, (p, state["exp_avg"], state["exp_avg_sq"], state["step"]), strict=True
-                ):
-                    column.append(tensor)
+                columns = (p, state["exp_avg"], state["exp_avg_sq"], state["step"])
+                for column, tensor in zip(lists, columns, strict=False):
+                    column.append(local(tensor))
+                lists[-1].append(p)
             self._lists.append(lists)
-        tensors = [t for parameters, averages, squares, _ in self._lists for t in (*parameters, *averages, *squares)]
+        tensors = [t for parameters, averages, squares, *_ in self._lists for t in (*parameters, *averages, *squares)]
         self._native = _update.takes(tensors)
 
     def state_changed(self) -> None:
@@ -76,10 +78,10 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """The 2-norm of all gradients, float32 ()."""
+        """The 2-norm of all gradients that this rank holds, float32 ()."""
         if self._lists is None:
             self._prepare()
-        grads = [p.grad for parameters, *_ in self._lists or () for p in parameters if p.grad is not None]
+        grads = [grad for *_, owners in self._lists or () for grad in _grads(owners)]
         if self._native and grads:
             return torch.ops.llmfast.total_norm.default(grads)
         return torch.nn.utils.get_total_norm(grads)
@@ -98,12 +100,13 @@ class AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", found_inf)
         for count in self._counts.values():
             count += 1 if found_inf is None else 1 - found_inf
-        for group, (parameters, averages, squares, counts) in zip(self.param_groups, self._lists or (), strict=True):
+        for group, lists in zip(self.param_groups, self._lists or (), strict=True):
+            parameters, averages, squares, counts, owners = lists
             if not parameters:
                 continue
             beta1, beta2 = group["betas"]
             lr, weight_decay, eps = group["lr"], group["weight_decay"], group["eps"]
-            grads = [p.grad for p in parameters if p.grad is not None]
+            grads = _grads(owners)
             if self._native and found_inf is None and not isinstance(grad_scale, Tensor):
                 torch.ops.llmfast.adamw_.default(
                     parameters, grads, averages, squares, counts[0].item(), lr, beta1, beta2, weight_decay, eps,
@@ -134,3 +137,7 @@ class AdamW(torch.optim.Optimizer):
             )
 
     _step_supports_amp_scaling = True
+
+
+def _grads(parameters: list[Tensor]) -> list[Tensor]:
+    return [local(p.grad) for p in parameters if p.grad is not None]

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmfast.files import write_whole
-from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means
+from llmfast.ranks import Ranks
+from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means, over_ranks
 
 METRICS = "step tokens loss train_loss val_loss lr grad_norm tokens_per_second mfu".split()  # the order in a line
 PLOT_SECONDS = 60.0  # at most so often while the run lasts: a plot takes a third of a second
@@ -119,19 +120,49 @@ class Report:
         return "  ".join(parts)
 
 
+class Silent(Report):
+    """Of the ranks that only compute."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        pass
+
+    def sample(self, step: int, text: str) -> None:
+        pass
+
+    def plot(self, *, now: bool = False) -> None:
+        pass
+
+
 class Speed:
     """Loss, metrics, tokens/s and MFU since the last metrics line, and tokens/s of the whole run.
 
-    ``flops`` is the work of one token, ``peak`` the device's FLOP/s; without them there is no MFU. Evaluations,
-    samples and checkpoints stand between ``read`` and ``restart`` and do not count. ``unit`` is what is counted where
-    that is not tokens.
+    ``flops`` is the work of one token, ``peak`` the FLOP/s of one rank's device; without them there is no MFU.
+    Evaluations, samples and checkpoints stand between ``read`` and ``restart`` and do not count. ``unit`` is what is
+    counted where that is not tokens.
     """
 
     def __init__(
-        self, flops: float | None, peak: float | None, metrics_fn: MetricsFunction = means, unit: str = "token"
+        self,
+        flops: float | None,
+        peak: float | None,
+        metrics_fn: MetricsFunction = means,
+        unit: str = "token",
+        ranks: Ranks | None = None,
     ) -> None:
-        self._metrics_fn, self._unit = metrics_fn, unit
-        self._share = flops / peak if flops and peak else None
+        self._metrics_fn, self._unit, self._ranks = metrics_fn, unit, ranks or Ranks()
+        self._share = flops / peak / self._ranks.size if flops and peak else None
         self._all_tokens, self._all_seconds = 0, 0.0
         self.restart()
 
@@ -152,9 +183,12 @@ class Speed:
         seconds = time.perf_counter() - self._began
         self._all_tokens, self._all_seconds = self._all_tokens + self._tokens, self._all_seconds + seconds
         rate = self._tokens / seconds
-        measured = {k: v for k, v in self._metrics_fn(self._sums, self._tokens).items() if isinstance(v, float)}
+        sums = over_ranks(self._ranks, self._sums)
+        measured = {k: v for k, v in self._metrics_fn(sums, self._tokens).items() if isinstance(v, float)}
         mfu = rate * self._share if self._share else None
-        return {"loss": loss, **measured, f"{self._unit}s_per_second": rate, "mfu": mfu}
+        size = self._ranks.size
+        a_rank = {f"{self._unit}s_per_second_per_rank": rate / size} if size > 1 else {}
+        return {"loss": loss, **measured, f"{self._unit}s_per_second": rate, **a_rank, "mfu": mfu}
 
     @property
     def overall(self) -> float | None:

@@ -13,6 +13,7 @@ from llmfast.config import TrainConfig
 from llmfast.data.shards import lock_file
 from llmfast.errors import UserError
 from llmfast.files import write_whole
+from llmfast.ranks import is_first
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +24,7 @@ class RunDirectory:
     """``path`` with an exclusive lock for as long as the context lasts; a killed process's lock ends with it.
 
     Raises ``UserError`` where another process trains there, where there is a run already and ``resume`` is false,
-    and where the directory cannot be made.
+    and where the directory cannot be made. Of several ranks the first one holds it.
     """
 
     def __init__(self, path: str | Path, *, resume: bool) -> None:
@@ -34,6 +35,8 @@ class RunDirectory:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> RunDirectory:
+        if not is_first():  # the first rank holds it for all
+            return self
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / LOCK_FILE, "a+", encoding="utf-8")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,26 +19,26 @@ from llmfast import ops
 from llmfast.checkpoint import read_pointer, save_checkpoint
 from llmfast.config import TrainConfig
 from llmfast.errors import UserError
+from llmfast.ranks import join
+from llmfast.training import failures
 from llmfast.training.device import choose_device, choose_dtype, dtype_note, flops_per_token, peak_flops
 from llmfast.training.diagnose import first_bad
 from llmfast.training.errors import NotFiniteError, TrainingError, is_out_of_memory
-from llmfast.training.feed import EvalBatches, training_batches
+from llmfast.training.feed import EvalBatches, RankBatches, training_batches
 from llmfast.training.interrupt import StopRequest
-from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means
+from llmfast.training.losses import Batch, LossFunction, language_model_loss, unmasked_loss
+from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means, over_ranks
 from llmfast.training.optimizer import build_optimizer
-from llmfast.training.report import Report, Speed
+from llmfast.training.parallel import Alone, parallelize
+from llmfast.training.report import Report, Silent, Speed
 from llmfast.training.resume import Progress, identity, resume, training_state
 from llmfast.training.rundir import RunDirectory
 from llmfast.training.schedule import learning_rate_at
 from llmfast.training.settings import check, resolve
 from llmfast.training.update import Update
+from llmfast.training.watchdog import Watchdog
 
-IGNORE_INDEX = -100
 SAMPLE_TEMPERATURE = 0.8
-
-Batch = tuple[Tensor, ...]
-# (mean loss, count), or (mean loss, count, sums of what else is measured)
-LossFunction = Callable[[Any, Batch], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,6 @@ class TrainResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
-
-
-def language_model_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """Next-token loss of a ``GPT`` on (inputs, targets): (mean loss, number of targets that count)."""
-    inputs, targets = batch
-    count = int((targets != IGNORE_INDEX).sum())
-    return (model(inputs, targets)[1], count) if count else (torch.zeros(()), 0)
-
-
-def _unmasked_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """``language_model_loss`` where every target counts, which spares the host a look at the device."""
-    inputs, targets = batch
-    return model(inputs, targets)[1], targets.numel()
 
 
 class Trainer:
@@ -106,15 +93,16 @@ class Trainer:
         progress: bool = True,
     ) -> None:
         check(config)
+        self.ranks = join()
         self.model = model
         self.tokenizer = tokenizer
-        self.progress = progress
+        self.progress = progress and self.ranks.first
         self.metrics_fn = metrics_fn
         self.unit = unit
         self.train_data = train_data
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
-        self.loss_fn = loss_fn or (language_model_loss if hasattr(train_data, "batch") else _unmasked_loss)
+        self.loss_fn = loss_fn or (language_model_loss if hasattr(train_data, "batch") else unmasked_loss)
         self.block_size = self._fit_to_model(config)
         self.batches = training_batches(train_data, config, self.block_size)
         self.config = resolve(
@@ -125,6 +113,7 @@ class Trainer:
             samples_per_epoch=self.batches.samples_per_epoch,
         )
         self.batch_size = self.config.batch_size or 0
+        self.own = RankBatches(self.batches, self.batch_size, config.micro_batch_size, self.ranks)
         self.val_batches = self._eval_batches(val_data, config.eval_batches) if val_data is not None else None
         # As many of the training data.
         self.train_batches = self._eval_batches(train_data, self.val_batches.count) if self.val_batches else None
@@ -157,6 +146,7 @@ class Trainer:
         with (
             RunDirectory(config.out, resume=config.resume) as run,
             StopRequest() as stop,
+            Watchdog(self.ranks) as self.watchdog,
             ops.use_backend(config.backend),
         ):
             try:
@@ -165,35 +155,43 @@ class Trainer:
                 raise TrainingError(self._not_finite(error, run)) from None
             except Exception as error:
                 if is_out_of_memory(error):
-                    raise TrainingError(self._out_of_memory()) from error
+                    micro = min(config.micro_batch_size, self.own.most)
+                    raise TrainingError(failures.out_of_memory(config, self.device, micro, self.block_size)) from error
                 raise
             finally:
                 self.model.eval()
 
     def _train(self, run: RunDirectory, stop: StopRequest) -> TrainResult:
-        config, model = self.config, self.model
+        config, model, ranks = self.config, self.model, self.ranks
         ops.tune_process(config.threads)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
             seed(config.seed)
         model.to(self.device).train()
         model.activation_checkpointing = config.activation_checkpointing  # type: ignore[assignment]
-        runs = torch.compile(model) if config.compile else model
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing to train: no parameter of the model requires a gradient")
+        parallel = parallelize(model, config.parallel, ranks, self.device)
+        self.parallel = parallel
+        runs = torch.compile(parallel.runs) if config.compile else parallel.runs
         optimizer = build_optimizer(model, config)
-        update = Update(optimizer, config.grad_clip, self.device, self.dtype)
+        update = Update(optimizer, config.grad_clip, self.device, self.dtype, parallel)
         who = identity(model, config, self.train_data)
         done, saved, notes = Progress(), None, list[str]()
         if config.resume:
             done, saved, notes = resume(run.checkpoints, who, model, update)
-        run.write_config(config)
+            ranks.agree(done.step, f"the checkpoints of {run.path}: every machine must see the same --out")
+        if ranks.first:
+            run.write_config(config)
+        else:  # masks of its own
+            torch.manual_seed(hash((config.seed, done.step, ranks.rank)))
 
         began = time.perf_counter()
         flops = flops_per_token(model, self.block_size) if self.unit == "token" else None
-        speed = Speed(flops, peak_flops(self.device, self.dtype), self.metrics_fn, self.unit)
+        speed = Speed(flops, peak_flops(self.device, self.dtype), self.metrics_fn, self.unit, ranks)
         train_loss, metrics = None, dict[str, Any]()
         stopping = False
-        with Report(run.path, done=done.step, total=config.max_steps, unit=self.unit, progress=self.progress) as report:
+        kind = Report if ranks.first else Silent
+        with kind(run.path, done=done.step, total=config.max_steps, unit=self.unit, progress=self.progress) as report:
             for note in (*notes, dtype_note(self.device, self.dtype)):
                 if note:
                     report.say(note)
@@ -203,7 +201,7 @@ class Trainer:
                     group["lr"] = lr
 
                 # The gradients of one optimizer step, over as many micro batches as it takes.
-                loss, tokens, divisor, sums = self._gradients(runs, update, done.position)
+                loss, tokens, divisor, sums = self._gradients(runs, parallel, update, done.position)
                 norm = update.apply(done.step, loss, divisor)  # raises before it changes a weight
                 optimizer.zero_grad(set_to_none=True)
 
@@ -213,7 +211,7 @@ class Trainer:
                 speed.add(loss, tokens, sums)
                 report.advance()
 
-                stopping = stop.requested is not None
+                stopping = ranks.any(stop.requested is not None)
                 last = done.step == config.max_steps
                 evaluates = self.val_batches is not None and not stopping and _due(config.eval_every, done.step, last)
                 samples = self.tokenizer is not None and not stopping
@@ -237,19 +235,12 @@ class Trainer:
                     done.stale = 0 if improves else done.stale + 1
                     saves = saves or _has_enough(done, config)
                 report.metrics(line)
-                if samples:
-                    report.sample(done.step, self._sample())
+                if samples and (ranks.first or self.parallel.shards):
+                    with self.watchdog.pause("sampling"):
+                        report.sample(done.step, self._sample())
                 if saves or (improves and config.save_every):
-                    saved = save_checkpoint(
-                        run.checkpoints,
-                        done.step,
-                        model=model,
-                        tokenizer=self.tokenizer,
-                        optimizer=optimizer,
-                        state=training_state(done, who, update),
-                        best=improves,
-                        keep=config.keep,
-                    )
+                    with self.watchdog.pause("saving"):
+                        saved = self._save(run, done, who, update, best=improves)
                 if evaluates:
                     report.plot()
                 speed.restart()
@@ -258,6 +249,7 @@ class Trainer:
                 train_loss = None  # of an earlier step
             elif train_loss is None:
                 train_loss = self._evaluate(runs, self.train_batches, stop).get("loss")
+            stopped = next((name for name in ranks.gather(stop.requested) if name), None)
             if enough := _has_enough(done, config):
                 report.say(f"stopped early: {done.stale} evaluations without a lower validation loss")
             report.plot(now=True)
@@ -273,54 +265,83 @@ class Trainer:
             tokens_per_second=speed.overall,
             checkpoint=saved,
             best_checkpoint=read_pointer(run.checkpoints, "best"),
-            interrupted=stop.requested,
+            interrupted=stopped,
             stopped_early=enough,
             metrics=metrics,
         )
 
-    def _gradients(self, model: Any, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
+    def _save(self, run: RunDirectory, done: Progress, who: dict[str, Any], update: Update, *, best: bool) -> Path:
+        """Write a checkpoint: the first rank alone, or every rank its shards."""
+        self.parallel.rest()
+        options: dict[str, Any] = dict(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            optimizer=update.optimizer,
+            state=training_state(done, who, update),
+            best=best,
+            keep=self.config.keep,
+        )
+        if self.parallel.shards:
+            from llmfast.checkpoint.shards import save_sharded  # takes a second to import
+
+            return save_sharded(run.checkpoints, done.step, ranks=self.ranks, **options)
+        save = functools.partial(save_checkpoint, run.checkpoints, done.step, **options)
+        return self.ranks.gather(save() if self.ranks.first else None)[0]
+
+    def _gradients(self, model: Any, parallel: Alone, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
         """Leave ``divisor`` times the step's gradients in ``.grad``: (mean loss, tokens, divisor, sums).
 
-        Each micro batch is weighted by its share of the tokens. That share is known only after the last one, so the
-        weights are relative to the first, and what is missing is the divisor: 1 where no target is masked.
+        Each micro batch is weighted by its share of the tokens. How many there are is known only after the last one,
+        on all ranks, so the weights are relative to as many as there can be, and what is missing is the divisor: 1
+        where no target is masked. ``sums`` are this rank's, all else is every rank's.
         """
-        config = self.config
-        total: Tensor | float = 0.0
+        total = torch.zeros((), device=self.device)
         sums: Sums = {}
-        tokens = unit = 0
-        for start in range(position, position + self.batch_size, config.micro_batch_size):
-            with self._autocast():
-                loss, count, *measured = self.loss_fn(model, self._to_device(self.batches.batch(start)))
-            if count == 0:
-                continue
-            add_sums(sums, *measured)
-            unit = unit or count * (self.batch_size // config.micro_batch_size)
-            weighted = loss if count == unit else loss * (count / unit)
-            update.backward(weighted)
-            total = total + weighted.detach()
-            tokens += count
-        if not isinstance(total, Tensor):
+        tokens, unit = 0, self.batch_size * (self.block_size if self.unit == "token" else 1)
+        for number, (batch, counts) in enumerate(self.own.of_step(position), 1):
+            self.watchdog.progress()
+            with parallel.backward(last=number == self.own.count):
+                with self._autocast():
+                    loss, count, *measured = self.loss_fn(model, self._to_device(batch))
+                count = count if counts else 0
+                if count == 0 and self.ranks.size == 1:
+                    continue
+                weighted = loss if count == unit else loss * (count / unit)
+                update.backward(weighted)
+            if count:
+                add_sums(sums, *measured)
+                total = total + weighted.detach()
+                tokens += count
+        self._own_loss = total
+        tokens = unit if self.loss_fn is unmasked_loss else round(self.ranks.sum(tokens)[0])
+        if not tokens:
             raise TrainingError(f"every target of the samples from {position} on is masked: nothing to learn from")
-        divisor = tokens / unit
-        return (total if divisor == 1.0 else total / divisor), tokens, divisor, sums
+        whole = tokens / unit
+        total = self.ranks.sum_tensor(total.to(loss.dtype))  # of the same type on a rank that had no token
+        return (total if whole == 1.0 else total / whole), tokens, whole / parallel.mean_of, sums
 
     @torch.no_grad()
     def _evaluate(self, model: Any, batches: EvalBatches | None, stop: StopRequest, prefix: str = "") -> dict[str, Any]:
         """Mean loss and metrics over ``batches`` without dropout; nothing where a stop is requested meanwhile."""
         total, tokens, sums = 0.0, 0, dict[str, Tensor]()
+        stopping = False
         self.model.eval()
-        for batch in batches or ():
+        for batch, counts in batches.of(self.ranks) if batches else ():
+            self.watchdog.progress()
             with self._autocast():
                 loss, count, *measured = self.loss_fn(model, self._to_device(batch))
-            total += loss.item() * count
-            tokens += count
-            add_sums(sums, *measured)
-            if stop.requested:
+            if counts and count:
+                total += loss.item() * count
+                tokens += count
+                add_sums(sums, *measured)
+            if stopping := self.ranks.any(stop.requested is not None):
                 break
         self.model.train()
-        if stop.requested or not tokens:
+        total, whole = self.ranks.sum(total, tokens)
+        if stopping or not whole:
             return {}
-        return {f"{prefix}{k}": v for k, v in {"loss": total / tokens, **self.metrics_fn(sums, tokens)}.items()}
+        values = {"loss": total / whole, **self.metrics_fn(over_ranks(self.ranks, sums), round(whole))}
+        return {f"{prefix}{name}": value for name, value in values.items()}
 
     def _sample(self) -> str:
         """A continuation of ``sample_prompt``; the random state of the training stays as it is."""
@@ -369,9 +390,6 @@ class Trainer:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def _not_finite(self, error: NotFiniteError, run: RunDirectory) -> str:
-        first = error.step * self.batch_size
-        starts = range(first, first + self.batch_size, self.config.micro_batch_size)
-
         def backward(batch: Batch) -> None:
             with self._autocast():
                 loss, count, *_ = self.loss_fn(self.model, self._to_device(batch))
@@ -379,25 +397,12 @@ class Trainer:
                 loss.backward()
 
         self.model.train()
-        where = first_bad(self.model, (self.batches.batch(start) for start in starts), backward)
-        saved = read_pointer(run.checkpoints, "latest")
-        kept = f"the last checkpoint is {saved}" if saved else "there is no checkpoint yet"
-        return (
-            f"step {error.step + 1}: {error}; {where}. No weight was changed, {kept}. Try a lower --learning-rate, "
-            "more --warmup-steps, or --dtype float32"
-        )
-
-    def _out_of_memory(self) -> str:
-        config = self.config
-        micro = config.micro_batch_size
-        smaller = f"--micro-batch-size {micro // 2} --batch-size {config.batch_size} (the same updates)"
-        options = [smaller] if micro > 1 else [f"a --block-size below {self.block_size}"]
-        if not config.activation_checkpointing:
-            options.append("--activation-checkpointing")
-        return (
-            f"out of memory on {self.device} with micro batches of {micro} x {self.block_size} tokens: "
-            f"try {' or '.join(options)}"
-        )
+        if self.parallel.shards:  # the step can be repeated by all ranks together only
+            where = None if torch.isfinite(self._own_loss) else "the loss is not finite"
+        else:
+            batches = (batch for batch, _ in self.own.of_step(error.step * self.batch_size))
+            where = first_bad(self.model, batches, backward)
+        return failures.not_finite(error, self.ranks, where, run.checkpoints)
 
 
 def _has_enough(done: Progress, config: TrainConfig) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmfast.training.errors import NotFiniteError
 from llmfast.training.optimizer import AdamW
+from llmfast.training.parallel import Alone
 
 
 class Update:
@@ -20,8 +21,11 @@ class Update:
     step and lowers its scale); a loss that is not finite is not.
     """
 
-    def __init__(self, optimizer: AdamW, clip: float, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, optimizer: AdamW, clip: float, device: torch.device, dtype: torch.dtype, parallel: Alone | None = None
+    ) -> None:
         self.optimizer = optimizer
+        self.parallel = parallel
         self.clip = clip
         self.scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -38,6 +42,8 @@ class Update:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self.optimizer.gradient_norm()
+        if self.parallel is not None:
+            norm = self.parallel.whole_norm(norm)
         if divisor != 1.0:
             norm = norm / divisor
         if self._on_device:

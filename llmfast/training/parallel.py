@@ -1,0 +1,112 @@
+"""One model on several ranks: a copy on each (DDP), or parameters, gradients and optimizer state in shards (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmfast.errors import UserError
+from llmfast.ranks import Ranks
+
+
+class Alone:
+    """One process. ``runs`` is the model to call; gradients come out divided by ``mean_of``."""
+
+    mean_of = 1
+    shards = False  # whether a forward pass takes all ranks
+
+    def __init__(self, model: nn.Module) -> None:
+        self.runs: Any = model
+
+    def backward(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around the forward and backward pass of a micro batch; ``last`` of its optimizer step, which sums up."""
+        return nullcontext()
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm of all gradients, of the norm of those that this rank holds."""
+        return norm
+
+    def rest(self) -> None:
+        """Leave each rank with its part of the parameters, as the optimizer knows them."""
+
+
+class Copies(Alone):
+    """DistributedDataParallel: gradients are averaged while the last micro batch's backward pass goes on."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        super().__init__(nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
+        self.mean_of = ranks.size
+
+    def backward(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.runs.no_sync()
+
+
+class Shards(Alone):
+    """FSDP2: every block is gathered for its forward and its backward pass, and lies in shards otherwise."""
+
+    shards = True
+
+    def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device, *, copies: int) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        if not all(p.requires_grad for p in model.parameters()):
+            raise UserError(
+                "fsdp shards models that are trained whole: use --parallel ddp where parts are frozen (LoRA)"
+            )
+        shape = (ranks.size,) if copies == 1 else (copies, ranks.size // copies)
+        names = ("shard",) if copies == 1 else ("replicate", "shard")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for block in blocks(model):
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        # Nothing writes into what a block returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        super().__init__(model)
+        self.mean_of = ranks.size
+        self._group = mesh.get_group("shard")
+
+    def backward(self, *, last: bool) -> AbstractContextManager[Any]:
+        self.runs.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def rest(self) -> None:
+        for module in self.runs.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        squared = norm.double().square()
+        dist.all_reduce(squared, group=self._group)
+        return squared.sqrt().to(norm.dtype)
+
+
+def parallelize(model: nn.Module, mode: str, ranks: Ranks, device: torch.device) -> Alone:
+    """``model``, on ``device``, for all ranks. ``mode``: auto, ddp, fsdp or hsdp; of one rank none matters."""
+    if ranks.size == 1:
+        return Alone(model)
+    if mode in ("auto", "ddp"):
+        return Copies(model, ranks)
+    copies = 1
+    if mode == "hsdp":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+        if ranks.size % local:
+            raise UserError(f"hsdp shards inside each machine, and {ranks.size} ranks are no multiple of {local}")
+        copies = ranks.size // local
+    return Shards(model, ranks, device, copies=copies)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers: what is gathered, and given back, one at a time."""
+    return [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard, which shares its memory, or all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

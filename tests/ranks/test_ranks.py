@@ -1,0 +1,69 @@
+"""The same run on one rank and on several: losses, weights, checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from llmfast.checkpoint import load_model, verify_checkpoint
+from llmfast.ranks import Ranks, share
+
+
+def difference(left, right):
+    """The largest difference of two runs' losses and norms, step by step."""
+    assert [line["step"] for line in left] == [line["step"] for line in right]
+    keys = ("loss", "grad_norm", "val_loss")
+    return max(abs(a[key] - b[key]) for a, b in zip(left, right, strict=True) for key in keys if key in a)
+
+
+def weights(path):
+    return load_model(path, dtype=torch.float64).state_dict()
+
+
+@pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (3, "fsdp")])
+def test_several_ranks_make_the_same_run(launch, metrics, tmp_path, size, mode):
+    launch(1, "one", weights="float64")
+    launch(size, "several", weights="float64", parallel=mode)
+    assert difference(metrics("one"), metrics("several")) < 1e-9
+    one, several = weights(tmp_path / "one" / "run"), weights(tmp_path / "several" / "run")
+    assert max((one[name] - several[name]).abs().max() for name in one) < 1e-9
+    verify_checkpoint(tmp_path / "several" / "run" / "checkpoints" / "step-000050")
+
+
+def test_masked_targets_and_uneven_shares(launch, metrics):
+    options = dict(weights="float64", masked=True, batch_size=7, micro_batch_size=7, max_steps=20)
+    launch(1, "one", **options)
+    launch(3, "three", **options)
+    assert difference(metrics("one"), metrics("three")) < 1e-9
+
+
+def test_a_run_moves_between_ranks_and_modes(launch, metrics):
+    options = dict(weights="float64", schedule="constant", save_every=5, eval_every=5)
+    launch(1, "whole", max_steps=20, **options)
+    launch(3, "moved", max_steps=5, parallel="fsdp", **options)
+    launch(2, "moved", max_steps=10, parallel="fsdp", resume=True, **options)
+    launch(2, "moved", max_steps=15, parallel="ddp", resume=True, **options)
+    launch(1, "moved", max_steps=20, resume=True, **options)
+    assert difference(metrics("whole"), metrics("moved")) < 1e-9
+
+
+def test_share():
+    for count in range(20):
+        for size in range(1, 7):
+            parts = [share(count, rank, size) for rank in range(size)]
+            assert [i for part in parts for i in part] == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_one_process_is_free():
+    ranks = Ranks()
+    assert (ranks.first, ranks.sum(1.0, 2), ranks.gather("x"), ranks.any(False)) == (True, [1.0, 2], ["x"], False)
+    with ranks.in_turn("x"):
+        pass
+
+
+def test_result_is_of_all_ranks(launch):
+    done = launch(2, "run", max_steps=4, parallel="ddp")
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4 * 12 * 16
