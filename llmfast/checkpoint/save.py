@@ -98,7 +98,10 @@ def checksums(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any
     entries = {}
     for path in files:
         layout.fsync(path)
-        entries[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path).hexdigest()}
+        entries[path.relative_to(directory).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": hash_file(path).hexdigest(),
+        }
     return entries
 
 
