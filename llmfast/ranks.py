@@ -149,6 +149,20 @@ def speaks(message: str) -> bool:
         return True
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether ``error`` says that another rank does not answer any more."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def exchanges() -> int:
+    """How many collective operations this rank has begun: of ranks that wait for one, it has begun fewer."""
+    try:
+        groups = dist.distributed_c10d._world.pg_map  # torch tells it nowhere else
+        return sum(group._get_sequence_number_for_group() for group in list(groups))
+    except (AttributeError, RuntimeError):
+        return 0
+
+
 def share(count: int, rank: int, size: int) -> range:
     """The numbers of 0 .. count - 1 that are ``rank``'s: one run of them, as long as the others' or one longer."""
     return range(rank * count // size, (rank + 1) * count // size)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from llmfast.checkpoint import layout
 from llmfast.checkpoint.save import checksums, distinct, optimizer_tensors, publish, remove_stale, write_state
 from llmfast.errors import UserError
-from llmfast.ranks import Ranks
+from llmfast.ranks import Ranks, is_lost
 
 
 def save_sharded(
@@ -76,6 +76,8 @@ def save_sharded(
     except (OSError, CheckpointException) as error:
         if ranks.first:
             remove_stale(root)
+        if is_lost(cause := _cause(error)):
+            raise cause from None
         raise UserError(
             f"cannot write the checkpoint {root / name}: {_reason(error)}; make room or choose another --out, then "
             "--resume (earlier checkpoints are intact)"
@@ -129,7 +131,13 @@ def _sizes(reader: HuggingFaceStorageReader) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in known.items()}
 
 
-def _reason(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What failed first on a rank."""
     if isinstance(error, CheckpointException):
-        error = next((cause[0] for cause in error.failures.values()), error)
+        return next((cause[0] for cause in error.failures.values()), error)
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    error = _cause(error)
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -22,15 +22,15 @@ class ClassifyOptions(ClassifyConfig):
 
 def run_classify(options: ClassifyOptions) -> int:
     from llmfast.finetuning.classify import finetune_classify
+    from llmfast.ranks import is_first, leave
     from llmfast.training.device import choose_device, choose_dtype
 
     device = choose_device(options.device)
     check_backend(options.backend, device, choose_dtype(options.dtype, device), loss=False)
     result = finetune_classify(options)
-    if options.json:
-        print_json(result.to_dict())
-    else:
-        print(render(result))
+    if is_first():
+        print_json(result.to_dict()) if options.json else print(render(result))
+    leave()
     interrupted = result.training.interrupted
     return 128 + signal.Signals[interrupted] if interrupted else 0
 

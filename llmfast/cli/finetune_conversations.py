@@ -42,15 +42,19 @@ def run_preference(options: PreferenceOptions) -> int:
 
 
 def _run(task: str, options: Any, finetune: Any) -> int:
+    from llmfast.ranks import is_first, leave
     from llmfast.training.device import choose_device, choose_dtype
 
     device = choose_device(options.device)
     check_backend(options.backend, device, choose_dtype(options.dtype, device), loss=True)
     result, responses = finetune(dataclasses.replace(options, json=False))
-    if options.json:
+    if not is_first():
+        pass
+    elif options.json:
         print_json({**result.to_dict(), "responses": None if responses is None else str(responses)})
     else:
         print(table(_rows(task, options, result, responses)))
+    leave()
     return 128 + signal.Signals[result.interrupted] if result.interrupted else 0
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmfast.cli import pretrain
 from llmfast.cli.common import print_json, table
-from llmfast.cli.pretrain import Options, check_preparing, fit_vocabulary, model_of, shape, starting_checkpoint
-from llmfast.config import GPTConfig, PretrainConfig
+from llmfast.cli.pretrain import check_preparing, fit_vocabulary, model_of, shape, starting_checkpoint
+from llmfast.config import GPTConfig, PretrainConfig, option
 from llmfast.errors import UserError
 
 if TYPE_CHECKING:
     from llmfast.training import Plan
+
+
+@dataclass
+class Options(pretrain.Options):
+    """Options of ``llmfast plan``."""
+
+    world_size: int = option(1, "ranks that train together (torchrun), each with a device like this one")
+    ranks_per_machine: int = option(8, "of these on one machine, for --parallel hsdp")
 
 
 def run(options: Options) -> int:
@@ -23,7 +33,13 @@ def run(options: Options) -> int:
     tokens, config = _data_and_model(options)
     if options.epochs is not None and tokens is None:
         raise UserError("a plan in epochs counts the tokens of prepared --data; prepare it first, or give --max-steps")
-    made = plan(config, options, tokens=tokens)
+    made = plan(
+        config,
+        options,
+        tokens=tokens,
+        world_size=options.world_size,
+        ranks_per_machine=options.ranks_per_machine,
+    )
     if options.json:
         print_json({**made.to_dict(), "model": config.to_dict()})
     else:
@@ -75,8 +91,9 @@ def render(plan: Plan, config: GPTConfig) -> str:
             f"{plan.flops_per_token / 1e9:,.3g} GFLOP a token, {plan.tokens * plan.flops_per_token / 1e15:,.3g} PFLOP",
         ),
         ("time", _time(plan)),
+        *_ranks(plan),
         ("", ""),
-        (f"memory, {plan.dtype} on {plan.device}", "GB"),
+        (f"memory{' of a rank' if plan.ranks.world_size > 1 else ''}, {plan.dtype} on {plan.device}", "GB"),
         *((f"  {name}", f"{getattr(memory, name) / 1e9:8.3f}") for name in names),
     ]
     rows += [("", ""), ("GPUs by memory", "")]
@@ -89,6 +106,21 @@ def render(plan: Plan, config: GPTConfig) -> str:
         for (size, fits), names in sizes.items()
     ]
     return table(rows)
+
+
+def _ranks(plan: Plan) -> list[tuple[str, object]]:
+    ranks = plan.ranks
+    if ranks.world_size == 1:
+        return []
+    shards = f"in {ranks.shards} shards" if ranks.shards > 1 else "whole"
+    rows: list[tuple[str, object]] = [
+        ("ranks", f"{ranks.world_size:,}, {ranks.mode}: {ranks.copies:,} x the model, {shards}"),
+        ("communication", f"each rank sends and receives {plan.bytes_sent / 1e9:,.3g} GB in a step"),
+    ]
+    if plan.seconds:
+        rate = plan.bytes_sent / (plan.seconds / plan.steps)
+        rows.append(("", f"{rate / 1e9:,.3g} GB/s each way hide it behind the computation, at best"))
+    return rows
 
 
 def _time(plan: Plan) -> str:

@@ -40,15 +40,14 @@ def default_config(given: dict[str, Any]) -> Path | None:
 
 def run(options: Options) -> int:
     from llmfast.cli.corpus import check_data, resolve_tokenizer
-    from llmfast.ranks import join, leave, was_restarted
+    from llmfast.ranks import join, leave
     from llmfast.training.device import choose_device, choose_dtype
-    from llmfast.training.rundir import CONFIG_FILE, RunDirectory
+    from llmfast.training.rundir import CONFIG_FILE, RunDirectory, goes_on
     from llmfast.training.settings import check
 
     # What can be told before any work is done and anything is written.
     check(options)
-    if was_restarted() and Path(options.out, CONFIG_FILE).exists():
-        options.resume = True
+    options.resume = goes_on(options)
     check_preparing(options)
     if not options.checkpoint:
         shape(options)

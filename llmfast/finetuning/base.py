@@ -20,9 +20,10 @@ from llmfast.errors import UserError
 from llmfast.files import write_whole
 from llmfast.nn import GPT, GPTForClassification, add_lora
 from llmfast.nn.adapter import weights_sha256
+from llmfast.ranks import is_first
 from llmfast.tokenizer import Tokenizer, load_tokenizer
 from llmfast.tokenizer.base import replace_surrogates
-from llmfast.training.rundir import RunDirectory
+from llmfast.training.rundir import RunDirectory, goes_on
 from llmfast.training.settings import check
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ def check_before(config: FinetuneConfig) -> None:
     if config.max_length is not None and config.max_length < 1:
         raise UserError(f"max_length must be at least 1, got {config.max_length}")
     out = Path(config.out)
+    config.resume = goes_on(config)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: a file is in the way of the run directory")
     if config.resume and not out.exists():
@@ -114,8 +116,11 @@ def split(count: int, config: FinetuneConfig) -> dict[str, list[int]]:
 def write_splits(folder: Path, splits: dict[str, list[dict[str, Any]]], *, resume: bool = False) -> None:
     """Write ``folder/train.jsonl`` and so on, one example a line; each file appears whole or not at all.
 
-    With ``resume`` what is there must be the same: ``UserError``, and nothing changes, where it is not.
+    With ``resume`` what is there must be the same: ``UserError``, and nothing changes, where it is not. Of several
+    ranks the first one writes.
     """
+    if not is_first():
+        return
     texts = {
         folder / f"{name}.jsonl": "".join(
             replace_surrogates(json.dumps(example, ensure_ascii=False)) + "\n" for example in examples

@@ -32,6 +32,7 @@ from llmfast.finetuning.base import (
 )
 from llmfast.finetuning.classify_data import Example, class_weights, read_splits_of, restored, stored
 from llmfast.nn import GPTForClassification, LoRALinear
+from llmfast.ranks import is_first
 from llmfast.training import Trainer, TrainResult
 from llmfast.training.metrics import Sums
 
@@ -53,7 +54,8 @@ class ClassifyResult:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def finetune_classify(config: ClassifyConfig, *, progress: bool = True) -> ClassifyResult:
@@ -103,7 +105,8 @@ def finetune_classify(config: ClassifyConfig, *, progress: bool = True) -> Class
     scores = {name: trainer.evaluate(data) if data else None for name, data in held_out.items()}
     found = ClassifyResult(result, splits.labels, trained, scores["validation"], scores["test"])
     text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    write_whole(Path(config.out, RESULTS_FILE), text)
+    if is_first():
+        write_whole(Path(config.out, RESULTS_FILE), text)
     return found
 
 

@@ -29,6 +29,7 @@ from llmfast.finetuning.prompts import (
 )
 from llmfast.finetuning.responding import respond, write_responses
 from llmfast.finetuning.rows import Row, row_of
+from llmfast.ranks import share
 from llmfast.tokenizer import Tokenizer
 from llmfast.tokenizer.base import replace_surrogates
 from llmfast.training import Trainer, TrainResult
@@ -188,10 +189,13 @@ def fit_and_answer(
         return result, None
     model = load_model(config.out, device=trainer.device, dtype=trainer.dtype)
     with ops.use_backend(config.backend):
+        own = share(len(prompts), trainer.ranks.rank, trainer.ranks.size)
         responses = respond(
-            model, rows.tokenizer, rows.style, prompts,
+            model, rows.tokenizer, rows.style, [prompts[i] for i in own],
             max_new_tokens=config.response_tokens, progress=trainer.progress,
         )  # fmt: skip
     file = Path(config.out, RESPONSES_FILE)
-    write_responses(file, splits["test"].records, responses)
+    everyones = [response for part in trainer.ranks.gather(responses) for response in part]
+    if trainer.ranks.first:
+        write_responses(file, splits["test"].records, everyones)
     return result, file

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmfast.config import InstructConfig
@@ -76,6 +75,6 @@ def instruct_loss(model: Any, batch: tuple[Tensor, ...]) -> tuple[Tensor, int]:
     """The next-token loss of (inputs, targets) or (inputs, targets, doc_ids): (mean loss, targets that count)."""
     inputs, targets, *doc_ids = batch
     count = int((targets != IGNORE_INDEX).sum())
-    if not count:
-        return torch.zeros(()), 0
-    return model(inputs, targets, doc_ids=doc_ids[0] if doc_ids else None)[1], count
+    # Of no target the sum is 0, as are its gradients, which other ranks wait for.
+    reduction = "mean" if count else "sum"
+    return model(inputs, targets, doc_ids=doc_ids[0] if doc_ids else None, reduction=reduction)[1], count

@@ -12,11 +12,17 @@ from llmfast.ranks import Ranks
 from llmfast.training.errors import NotFiniteError
 
 
-def not_finite(error: NotFiniteError, ranks: Ranks, where: str | None, checkpoints: Path) -> str:
-    """Of a step that met ``error``; ``where`` is what this rank found to be the cause (``diagnose.first_bad``)."""
+def not_finite(error: NotFiniteError, ranks: Ranks, finite: bool, where: str | None, checkpoints: Path) -> str:
+    """Of a step that met ``error``.
+
+    ``finite``: whether this rank's own loss was; ``where``: what it found to be the cause (``diagnose.first_bad``).
+    """
+    bad = [rank for rank, fine in enumerate(ranks.gather(finite)) if not fine]
     found = next(((rank, text) for rank, text in enumerate(ranks.gather(where)) if text), None)
     if found is None:
         cause = "repeating the step gave finite values (dropout, or a kernel that is not deterministic)"
+        if ranks.size > 1 and bad:
+            cause = f"on rank {bad[0]} the loss was not finite; {cause}"
     else:
         cause = f"on rank {found[0]} {found[1]}" if ranks.size > 1 else found[1]
     saved = read_pointer(checkpoints, "latest")

@@ -48,7 +48,11 @@ class Copies(Alone):
 
 
 class Shards(Alone):
-    """FSDP2: every block is gathered for its forward and its backward pass, and lies in shards otherwise."""
+    """FSDP2: every block is gathered for its forward and its backward pass, and lies in shards otherwise.
+
+    Gradients are summed into shards after every micro batch, for whole ones would take more than all that is saved;
+    copies of the shards (hsdp) are averaged once a step.
+    """
 
     shards = True
 
@@ -73,7 +77,7 @@ class Shards(Alone):
         self._group = mesh.get_group("shard")
 
     def backward(self, *, last: bool) -> AbstractContextManager[Any]:
-        self.runs.set_requires_gradient_sync(last)
+        self.runs.set_requires_all_reduce(last)
         return nullcontext()
 
     def rest(self) -> None:

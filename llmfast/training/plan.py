@@ -44,7 +44,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes."""
+    """What a run takes; memory is one rank's, all else the whole run's."""
 
     parameters: int
     flops_per_token: float  # forward and backward
@@ -57,6 +57,8 @@ class Plan:
     seconds: float | None  # of training, at the assumed share of that rate
     share: float
     gpus: dict[str, bool]  # GPU (memory in GB) -> whether the run fits
+    ranks: Sharing
+    bytes_sent: int  # by a rank in an optimizer step
 
     @property
     def tokens(self) -> int:
@@ -73,12 +75,15 @@ def plan(
     *,
     tokens: int | None = None,
     flops_per_second: float | None = None,
+    world_size: int = 1,
+    ranks_per_machine: int = 8,
 ) -> Plan:
     """Plan the run of ``model`` and ``config`` without making the model.
 
     ``tokens`` is the size of the training data, which ``config.epochs`` needs. ``flops_per_second`` is the device's
     matmul rate (default: a known GPU's peak, or measured on a CPU in a tenth of a second). Memory and time are those of
-    ``config.device`` and ``config.dtype``; ``gpus`` assumes a GPU's type (bfloat16 for auto).
+    ``config.device`` and ``config.dtype``; ``gpus`` assumes a GPU's type (bfloat16 for auto). ``world_size`` ranks,
+    each such a device, share the model as ``config.parallel`` says.
     """
     check(config)
     device = choose_device(config.device)
@@ -101,19 +106,25 @@ def plan(
         rate = measure_matmul(dtype)
     share = CPU_SHARE if device.type == "cpu" else GPU_SHARE
     on_gpu = torch.bfloat16 if config.dtype == "auto" else dtype
-    needed = memory(model, config, on_gpu, "cuda").total * FRAGMENTATION + GPU_OVERHEAD
+    ranks = sharing(config.parallel, world_size, ranks_per_machine)
+    own = -(-batch // world_size)  # sequences of a step that are one rank's
+    micro = min(config.micro_batch_size, own)
+    of_rank = dataclasses.replace(config, micro_batch_size=micro, batch_size=None)
+    needed = memory_of_a_rank(memory(model, of_rank, on_gpu, "cuda"), model, ranks).total * FRAGMENTATION + GPU_OVERHEAD
     return Plan(
         parameters=parameters,
         flops_per_token=flops,
         tokens_per_step=batch * T,
         steps=steps,
-        memory=memory(model, config, dtype, device.type),
+        memory=memory_of_a_rank(memory(model, of_rank, dtype, device.type), model, ranks),
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         flops_per_second=rate,
-        seconds=None if rate is None else steps * batch * T * flops / (rate * share),
+        seconds=None if rate is None else steps * batch * T * flops / (rate * share * min(world_size, batch)),
         share=share,
         gpus={f"{gpu.name} ({gpu.memory_gb:g} GB)": needed <= gpu.memory_gb * 1e9 for gpu in GPUS},
+        ranks=ranks,
+        bytes_sent=bytes_sent(model, ranks, -(-own // micro)),
     )
 
 
@@ -203,3 +214,72 @@ def measure_matmul(dtype: torch.dtype, size: int = 768, seconds: float = 0.1) ->
             ops.linear(a, b)
             best = min(best, time.perf_counter() - began)
     return 2.0 * size**3 / best
+
+
+# ---- Several ranks: P parameters, of which P_b in one block and P_r in no block; W ranks, of which S share one set of
+# parameters; R = W / S sets. All in float32, 4 bytes.
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ``world_size`` ranks share a model: ``copies`` of it, each in ``shards``."""
+
+    mode: str
+    world_size: int
+    copies: int
+    shards: int
+
+
+def sharing(mode: str, world_size: int, ranks_per_machine: int) -> Sharing:
+    """What ``--parallel`` makes of so many ranks; ``UserError`` where it cannot."""
+    if world_size < 1 or ranks_per_machine < 1:
+        raise UserError("world_size and ranks_per_machine must be at least 1")
+    if mode == "fsdp":
+        return Sharing(mode, world_size, 1, world_size)
+    if mode == "hsdp":
+        local = min(ranks_per_machine, world_size)
+        if world_size % local:
+            raise UserError(f"hsdp shards inside each machine, and {world_size} ranks are no multiple of {local}")
+        return Sharing(mode, world_size, world_size // local, local)
+    return Sharing("ddp", world_size, world_size, 1)
+
+
+def memory_of_a_rank(memory: Memory, model: GPTConfig, ranks: Sharing) -> Memory:
+    """``memory`` of one process with a rank's micro batch, as a rank has it.
+
+    In shards, weights, gradients and moments are 16 P / S bytes. Beside them exist, whole, the parameters of no block
+    and their gradients (8 P_r), the block at work, the one fetched meanwhile, and the gradients of two (16 P_b).
+    """
+    S = ranks.shards
+    if S == 1:
+        return memory
+    rest, block = parts(model)
+    return dataclasses.replace(
+        memory,
+        weights=-(-memory.weights // S),
+        gradients=-(-memory.gradients // S),
+        optimizer=-(-memory.optimizer // S),
+        transient=memory.transient + 8 * rest + 16 * block,
+    )
+
+
+def bytes_sent(model: GPTConfig, ranks: Sharing, micro_batches: int) -> int:
+    """Bytes that a rank sends, and receives, in an optimizer step of so many micro batches, in rings.
+
+    ddp: one all-reduce of the gradients, 2 (W - 1) / W 4 P. fsdp: in every micro batch each block is gathered for
+    forward and backward, the rest once, and all gradients are summed into shards:
+    (S - 1) / S 4 ((2 (P - P_r) + P_r) + P). hsdp, beside that: once a step the shards' gradients are averaged over
+    the sets, 2 (R - 1) / R 4 P / S.
+    """
+    P = count_parameters(model)
+    R, S = ranks.copies, ranks.shards
+    rest, _ = parts(model)
+    in_shards = (S - 1) / S * 4 * (3 * P - rest) * micro_batches
+    between_copies = 2 * (R - 1) / R * 4 * P / S
+    return round(in_shards + between_copies)
+
+
+def parts(model: GPTConfig) -> tuple[int, int]:
+    """(P_r, P_b): parameters outside the blocks, and of one block."""
+    one, two = (count_parameters(dataclasses.replace(model, n_layer=layers)) for layers in (1, 2))
+    return 2 * one - two, two - one

@@ -19,7 +19,7 @@ from llmfast import ops
 from llmfast.checkpoint import read_pointer, save_checkpoint
 from llmfast.config import TrainConfig
 from llmfast.errors import UserError
-from llmfast.ranks import join
+from llmfast.ranks import is_lost, join
 from llmfast.training import failures
 from llmfast.training.device import choose_device, choose_dtype, dtype_note, flops_per_token, peak_flops
 from llmfast.training.diagnose import first_bad
@@ -94,6 +94,7 @@ class Trainer:
     ) -> None:
         check(config)
         self.ranks = join()
+        self.watchdog = Watchdog(self.ranks, compiles=config.compile)
         self.model = model
         self.tokenizer = tokenizer
         self.progress = progress and self.ranks.first
@@ -101,6 +102,7 @@ class Trainer:
         self.unit = unit
         self.train_data = train_data
         self.device = choose_device(config.device)
+        self.parallel = Alone(model)
         self.dtype = choose_dtype(config.dtype, self.device)
         self.loss_fn = loss_fn or (language_model_loss if hasattr(train_data, "batch") else unmasked_loss)
         self.block_size = self._fit_to_model(config)
@@ -146,7 +148,7 @@ class Trainer:
         with (
             RunDirectory(config.out, resume=config.resume) as run,
             StopRequest() as stop,
-            Watchdog(self.ranks) as self.watchdog,
+            self.watchdog,
             ops.use_backend(config.backend),
         ):
             try:
@@ -157,8 +159,11 @@ class Trainer:
                 if is_out_of_memory(error):
                     micro = min(config.micro_batch_size, self.own.most)
                     raise TrainingError(failures.out_of_memory(config, self.device, micro, self.block_size)) from error
+                if is_lost(error):
+                    self.watchdog.lost()
                 raise
             finally:
+                self.parallel.rest()
                 self.model.eval()
 
     def _train(self, run: RunDirectory, stop: StopRequest) -> TrainResult:
@@ -210,6 +215,7 @@ class Trainer:
                 done.tokens += tokens
                 speed.add(loss, tokens, sums)
                 report.advance()
+                self.watchdog.begin()
 
                 stopping = ranks.any(stop.requested is not None)
                 last = done.step == config.max_steps
@@ -286,7 +292,7 @@ class Trainer:
 
             return save_sharded(run.checkpoints, done.step, ranks=self.ranks, **options)
         save = functools.partial(save_checkpoint, run.checkpoints, done.step, **options)
-        return self.ranks.gather(save() if self.ranks.first else None)[0]
+        return self.ranks.gather(self.ranks.succeed(save if self.ranks.first else lambda: None))[0]
 
     def _gradients(self, model: Any, parallel: Alone, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
         """Leave ``divisor`` times the step's gradients in ``.grad``: (mean loss, tokens, divisor, sums).
@@ -397,12 +403,13 @@ class Trainer:
                 loss.backward()
 
         self.model.train()
-        if self.parallel.shards:  # the step can be repeated by all ranks together only
-            where = None if torch.isfinite(self._own_loss) else "the loss is not finite"
-        else:
+        finite, where = bool(torch.isfinite(self._own_loss)), None
+        if not self.parallel.shards:
             batches = (batch for batch, _ in self.own.of_step(error.step * self.batch_size))
             where = first_bad(self.model, batches, backward)
-        return failures.not_finite(error, self.ranks, where, run.checkpoints)
+        elif not finite:  # and the step can be repeated by all ranks together only
+            where = "the loss is not finite"
+        return failures.not_finite(error, self.ranks, finite, where, run.checkpoints)
 
 
 def _has_enough(done: Progress, config: TrainConfig) -> bool:

@@ -1,36 +1,68 @@
-"""Runs of several processes on this machine: ``torchrun`` over Gloo, on loopback."""
+"""Runs of several ranks on this machine, over Gloo on loopback: forked from one process that has imported everything.
+
+``torchrun`` itself and real kills are the business of ``tests/ranks/kills.py``, which takes minutes.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import multiprocessing
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-WORKER = Path(__file__).parent / "worker.py"
+sys.path.insert(0, str(Path(__file__).parent))
+import worker
+
 LIMIT = 240  # seconds, on a busy machine
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["llmfast.training", "llmfast.checkpoint.shards", "torch.distributed.fsdp"])
+
+
+@dataclass
+class Done:
+    codes: list[int]  # of each rank; negative: the signal that ended it
+    said: list[str]  # by each
+    seconds: float
 
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(ranks, name, options..., trouble=("kill", 7)) -> CompletedProcess; the run is tmp_path / name / "run"."""
+    """launch(ranks, name, call=worker.train, **options) -> Done; the run is tmp_path / name / "run"."""
 
-    def run(size, name, *, trouble=(), torchrun=(), check=True, **options):
+    def run(size, name, call=worker.train, *, check=True, **options):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        command = [str(WORKER), str(folder / "run"), json.dumps(options), *map(str, trouble)]
-        if size > 1:
-            local = ("--nproc-per-node", str(size), "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
-            command = ["-m", "torch.distributed.run", *local, *torchrun, *command]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=LIMIT, env=env, check=False
-        )
-        assert not check or done.returncode == 0, done.stderr
-        return done
+        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        logs = [folder / f"rank-{rank}.txt" for rank in range(size)]
+        began = time.monotonic()
+        ranks = [
+            CONTEXT.Process(
+                target=worker.start,
+                args=({**where, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}, logs[rank]),
+                kwargs={"call": call, "out": folder / "run", "options": options},
+                daemon=True,
+            )
+            for rank in range(size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join(timeout=max(0.1, began + LIMIT - time.monotonic()))
+            codes = [process.exitcode for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        said = [log.read_text() for log in logs]
+        assert None not in codes, f"still running after {LIMIT} s: {codes}, {said}"
+        assert not check or not any(codes), said
+        return Done(codes, said, time.monotonic() - began)
 
     return run
 

@@ -66,4 +66,4 @@ def test_one_process_is_free():
 
 def test_result_is_of_all_ranks(launch):
     done = launch(2, "run", max_steps=4, parallel="ddp")
-    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4 * 12 * 16
+    assert json.loads(done.said[0].splitlines()[-1])["tokens"] == 4 * 12 * 16
