@@ -24,28 +24,29 @@ def weights(path):
 
 @pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (3, "fsdp")])
 def test_several_ranks_make_the_same_run(launch, metrics, tmp_path, size, mode):
-    launch(1, "one", weights="float64")
-    launch(size, "several", weights="float64", parallel=mode)
+    options = dict(weights="float64", max_steps=20, eval_every=10)
+    launch(1, "one", **options)
+    launch(size, "several", parallel=mode, **options)
     assert difference(metrics("one"), metrics("several")) < 1e-9
     one, several = weights(tmp_path / "one" / "run"), weights(tmp_path / "several" / "run")
     assert max((one[name] - several[name]).abs().max() for name in one) < 1e-9
-    verify_checkpoint(tmp_path / "several" / "run" / "checkpoints" / "step-000050")
+    verify_checkpoint(tmp_path / "several" / "run" / "checkpoints" / "step-000020")
 
 
 def test_masked_targets_and_uneven_shares(launch, metrics):
-    options = dict(weights="float64", masked=True, batch_size=7, micro_batch_size=7, max_steps=20)
+    options = dict(weights="float64", masked=True, batch_size=7, micro_batch_size=7, max_steps=10)
     launch(1, "one", **options)
     launch(3, "three", **options)
     assert difference(metrics("one"), metrics("three")) < 1e-9
 
 
 def test_a_run_moves_between_ranks_and_modes(launch, metrics):
-    options = dict(weights="float64", schedule="constant", save_every=5, eval_every=5)
-    launch(1, "whole", max_steps=20, **options)
-    launch(3, "moved", max_steps=5, parallel="fsdp", **options)
-    launch(2, "moved", max_steps=10, parallel="fsdp", resume=True, **options)
-    launch(2, "moved", max_steps=15, parallel="ddp", resume=True, **options)
-    launch(1, "moved", max_steps=20, resume=True, **options)
+    options = dict(weights="float64", schedule="constant", save_every=3, eval_every=3)
+    launch(1, "whole", max_steps=12, **options)
+    launch(3, "moved", max_steps=3, parallel="fsdp", **options)
+    launch(2, "moved", max_steps=6, parallel="fsdp", resume=True, **options)
+    launch(2, "moved", max_steps=9, parallel="ddp", resume=True, **options)
+    launch(1, "moved", max_steps=12, resume=True, **options)
     assert difference(metrics("whole"), metrics("moved")) < 1e-9
 
 
