@@ -158,7 +158,7 @@ def exchanges() -> int:
     """How many collective operations this rank has begun: of ranks that wait for one, it has begun fewer."""
     try:
         groups = dist.distributed_c10d._world.pg_map  # torch tells it nowhere else
-        return sum(group._get_sequence_number_for_group() for group in list(groups))
+        return sum(group._get_sequence_number_for_group() for group in list(groups))  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
         return 0
 

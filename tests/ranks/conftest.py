@@ -21,7 +21,8 @@ import worker
 LIMIT = 240  # seconds, on a busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    "llmfast.training llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo matplotlib.figure matplotlib.backends.backend_agg".split()
+    "llmfast.training llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo "
+    "matplotlib.figure matplotlib.backends.backend_agg".split()
 )
 
 
