@@ -73,7 +73,10 @@ def facts(options: argparse.Namespace, folder: Path) -> list[str] | str:
 
 
 def conformance(options: argparse.Namespace, folder: Path) -> list[str] | str:
-    compiler = "g++ -std=c++17 -DLLMFAST_EMULATE -x c++" if options.rehearse else "nvcc -std=c++17 -arch=native"
+    major, minor = options.gpu[1] if options.gpu else (0, 0)
+    arch = f"{major}{minor}" + "a" * (major >= 9)  # "a": wgmma and its kind, for this architecture alone
+    nvcc = f"nvcc -std=c++17 -gencode arch=compute_{arch},code=sm_{arch}"
+    compiler = "g++ -std=c++17 -DLLMFAST_EMULATE -x c++" if options.rehearse else nvcc
     if shutil.which(compiler.split()[0]) is None:
         return f"no {compiler.split()[0]} on PATH"
     program = folder / "conformance"
