@@ -85,17 +85,19 @@ LLMFAST_LIBRARY(LLMFAST_NAMESPACE, m) {
   // Returns float32 logits (B, V).
   m.def("decode_step(int plan, int[] tokens, int[] lengths, Tensor(a!) cache) -> Tensor logits");
   // One decoder layer, csrc/cpu/block.cpp. x float32 (B, T, C), branch (B, T, C) float32 or bfloat16; parameters float32: norm,
-  // qkv, out, norm, fc, proj, each weight (out, in) and bias; activation as in csrc/cpu/activation.h; seeds int64 (3,), needed
-  // with dropout. stream float32, branch of the products' dtype, kept: bytes for the backward pass, empty without `keep`.
+  // qkv, out, norm, fc, proj, each weight (out, in) and bias, and of the products also an adapter's A (r, in) and B (out, r);
+  // scalings and adapter_ps: of the adapters of qkv, out, fc, proj; activation as in csrc/cpu/activation.h; seeds int64 (7,),
+  // needed with dropout: branch, attention weights, attention's branch, the adapters. stream float32, branch of the products' dtype, kept: bytes for the backward pass, empty without `keep`.
   m.def(
       "decoder_layer_fwd(Tensor x, Tensor? branch, Tensor?[] parameters, int heads, int activation, float scale, float eps,"
-      " float attention_p, float residual_p, Tensor? seeds, bool bf16, bool keep)"
+      " float attention_p, float residual_p, float[] scalings, float[] adapter_ps, Tensor? seeds, bool bf16, bool keep)"
       " -> (Tensor stream, Tensor new_branch, Tensor kept)");
   // wants: x, branch, parameters. What is not wanted is empty, and dbranch too where it would equal dx.
   m.def(
       "decoder_layer_bwd(Tensor dstream, Tensor dnew_branch, Tensor x, ScalarType? branch_dtype, Tensor stream, Tensor kept,"
       " Tensor?[] parameters, int heads, int activation, float scale, float eps, float attention_p, float residual_p,"
-      " Tensor? seeds, bool bf16, bool[] wants) -> (Tensor dx, Tensor dbranch, Tensor[] dparameters)");
+      " float[] scalings, float[] adapter_ps, Tensor? seeds, bool bf16, bool[] wants)"
+      " -> (Tensor dx, Tensor dbranch, Tensor[] dparameters)");
   m.def("build_config() -> str");
   m.def("cpu_isa() -> str");
 }

@@ -32,9 +32,9 @@ def fused_calls(monkeypatch):
 
     count, run = [0], fused.decoder_layer
 
-    def counted(*args):
+    def counted(*args, **kwargs):
         count[0] += 1
-        return run(*args)
+        return run(*args, **kwargs)
 
     monkeypatch.setattr(fused, "decoder_layer", counted)
     with ops.use_backend("cpp"):

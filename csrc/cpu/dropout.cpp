@@ -20,20 +20,23 @@ Tensor dropout(const Tensor& x_in, const Tensor& seed, double p) {
   Tensor y = torch::stable::new_empty(x, x.sizes());
   const int64_t n = x.dim() ? x.size(x.dim() - 1) : 1, rows = n ? x.numel() / n : 0;
   const Dropout d = make_dropout(*static_cast<const int64_t*>(seed.const_data_ptr()), p);
-  const auto& kernels = LLMFAST_SIMD(dropout);
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(n, 1)),
-                              [&](int64_t row0, int64_t row1) {
-    if (is_bf16)
-      kernels.bf16(static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(y.mutable_data_ptr()), d,
-                   row0, row1, n);
-    else
-      kernels.f32(static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(y.mutable_data_ptr()), d, row0,
-                  row1, n);
-  });
+  dropout_rows(d, is_bf16 ? Dtype::bf16 : Dtype::f32, x.const_data_ptr(), y.mutable_data_ptr(), rows, n);
   return y;
 }
 
 }  // namespace
+
+void dropout_rows(const Dropout& d, Dtype dtype, const void* x, void* y, int64_t rows, int64_t n) {
+  const auto& kernels = LLMFAST_SIMD(dropout);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(n, 1)),
+                              [&](int64_t row0, int64_t row1) {
+    if (dtype == Dtype::bf16)
+      kernels.bf16(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), d, row0, row1, n);
+    else
+      kernels.f32(static_cast<const float*>(x), static_cast<float*>(y), d, row0, row1, n);
+  });
+}
+
 }  // namespace llmfast::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(llmfast, CPU, m) { m.impl("dropout", TORCH_BOX(&llmfast::cpu::dropout)); }

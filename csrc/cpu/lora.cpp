@@ -1,7 +1,6 @@
 // The raw ops lora_linear_fwd and lora_linear_bwd:  y = x W^T + b + S B^T with S = scaling d(x) A^T, d: dropout.
 //   dB = dy^T S,  dS = scaling dy B,  dA = dS^T d(x),  dW = dy^T x,  dx = dy W + d(dS A)
 // The low-rank terms are computed first, in float32, and the large products start from them.
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -40,20 +39,8 @@ struct Lora {
   Matrix dropped() const {
     if (!mask.drop) return x;
     Matrix y = new_matrix(x.tensor, {N, K}, x.tensor.scalar_type());
-    drop(x.data(), y.data(), x.dtype);
+    dropout_rows(mask, x.dtype, x.data(), y.data(), N, K);
     return y;
-  }
-
-  // to = d(from) for (N, K) arrays, which may be the same.
-  void drop(const void* from, void* to, Dtype type) const {
-    const auto& kernels = LLMFAST_SIMD(dropout);
-    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(K, 1));
-    torch::stable::parallel_for(0, N, grain, [&](int64_t row0, int64_t row1) {
-      if (type == Dtype::f32)
-        kernels.f32(static_cast<const float*>(from), static_cast<float*>(to), mask, row0, row1, K);
-      else
-        kernels.bf16(static_cast<const uint16_t*>(from), static_cast<uint16_t*>(to), mask, row0, row1, K);
-    });
   }
 
   // c = a b times scaling, (N, r) in float32.
@@ -117,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_bwd(const Tensor&
     if (x_grad) {
       Matrix start = start_of(dx);
       gemm(product(start, dlow.operand(), l.A.operand(), l.r, l.dtype));
-      if (l.mask.drop) l.drop(start.data(), start.data(), Dtype::f32);
+      if (l.mask.drop) dropout_rows(l.mask, Dtype::f32, start.data(), start.data(), l.N, l.K);
       gemm(product_from(start, dx, dy.operand(), l.w.operand(), l.O, l.dtype));
     }
   }

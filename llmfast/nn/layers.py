@@ -151,9 +151,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         p = self.dropout if self.training else 0.0
         if cache is None and doc_ids is None and not torch.compiler.is_compiling():
-            parameters = self._plain_parameters()
-            if parameters is not None and fused.why_not(x, parameters) is None:
-                return fused.decoder_layer(x, branch, parameters, self._options(), p)
+            parts = self._plain_parts()
+            if parts is not None and fused.why_not(x, *parts) is None:
+                return fused.decoder_layer(x, branch, parts[0], self._options(), p, adapters=parts[1])
         if branch is None:
             y = self.ln_1(x)
         else:
@@ -168,24 +168,35 @@ class Block(nn.Module):
         attn = self.attn
         return fused.LayerOptions(attn.n_head, self.mlp.activation, attn.scale, self.ln_1.eps)
 
-    def _plain_parameters(self) -> tuple[Tensor | None, ...] | None:
-        """The parameters of a layer whose parts are as they were made, which one call may stand in for: none of them
-        replaced (LoRA), parametrized, hooked or given a forward of its own. Else None."""
+    def _plain_parts(self) -> tuple[tuple[Tensor | None, ...], fused.Adapters] | None:
+        """The parameters, and the adapters of the products, of a layer whose parts are as they were made or adapted,
+        which one call may stand in for: none of them replaced, parametrized, hooked or given a forward of its own.
+        Else None."""
         ln_1, attn, ln_2, mlp = (self._modules[name] for name in ("ln_1", "attn", "ln_2", "mlp"))
         if not (type(attn) is CausalSelfAttention and type(mlp) is MLP) or _has_any_global_hook():
             return None
         products = attn._modules["c_attn"], attn._modules.get("c_proj"), mlp._modules["c_fc"], mlp._modules["c_proj"]
         norms_and_linears = (ln_1, *products[:2], ln_2, *products[2:])
         found: list[Tensor | None] = []
-        for part, kind in zip(norms_and_linears, _KINDS, strict=True):
+        for part, kinds in zip(norms_and_linears, _KINDS, strict=True):
             if part is None:
                 found += (None, None)
-            elif type(part) is kind and _is_untouched(part) and part._parameters["weight"] is not None:
+            elif type(part) in kinds and _is_untouched(part) and part._parameters.get("weight") is not None:
                 found += (part._parameters["weight"], part._parameters.get("bias"))
             else:
                 return None
         same = self.ln_1.eps == self.ln_2.eps and attn.dropout == self.dropout
-        return tuple(found) if same and _is_untouched(attn) and _is_untouched(mlp) else None
+        if not (same and _is_untouched(attn) and _is_untouched(mlp)):
+            return None
+        adapted = any(type(part) is LoRALinear for part in products)
+        return tuple(found), tuple(map(_adapter, products)) if adapted else fused.NO_ADAPTERS
+
+
+def _adapter(linear: nn.Module | None) -> fused.LayerAdapter | None:
+    if type(linear) is not LoRALinear or not linear.enabled:
+        return None
+    p = linear.dropout if linear.training else 0.0
+    return fused.LayerAdapter(linear.lora_A, linear.full_B(), linear.scaling, p)
 
 
 def _kept_once(norm: LayerNorm, y: Tensor, x: Tensor, reader: nn.Module | None) -> AbstractContextManager[None]:
@@ -196,7 +207,8 @@ def _kept_once(norm: LayerNorm, y: Tensor, x: Tensor, reader: nn.Module | None) 
     return remade(y, lambda: ops.layer_norm(x, norm.weight, norm.bias, norm.eps).to(y_dtype))
 
 
-_KINDS = (LayerNorm, Linear, Linear, LayerNorm, Linear, Linear)
+_NORM, _LINEAR = (LayerNorm,), (Linear, LoRALinear)
+_KINDS = (_NORM, _LINEAR, _LINEAR, _NORM, _LINEAR, _LINEAR)
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@
 
 What the ops compute one by one, for one trip through Python and autograd a layer; see ``llmfast.nn.Block``. The stream,
 the parameters and their gradients are float32; under autocast to bfloat16 what lies between two products, and m, is
-bfloat16.
+bfloat16. Each of the four products may have a low-rank adapter (ops/lora_linear.py).
 
 B batch, T sequence, C width, F width of the MLP's hidden layer.
 """
@@ -30,6 +30,10 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
+# Where the native layer has the weights of qkv, out, fc and proj; behind each its bias, A and B.
+_PRODUCTS = _QKV, _OUT, _FC, _PROJ = 2, 6, 12, 16
+
+
 @dataclass(frozen=True)
 class LayerOptions:
     """What a layer is besides its parameters; ``scale`` is that of the attention scores, ``eps`` the norms'."""
@@ -40,7 +44,21 @@ class LayerOptions:
     eps: float
 
 
-def why_not(x: Tensor, parameters: tuple[Tensor | None, ...]) -> str | None:
+@dataclass(frozen=True)
+class LayerAdapter:
+    """The adapter of a product: A (r, in), B (out, r), and see ``ops.lora_linear``."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    dropout_p: float = 0.0
+
+
+Adapters = tuple[LayerAdapter | None, ...]  # of qkv, out, fc and proj
+NO_ADAPTERS: Adapters = (None,) * 4
+
+
+def why_not(x: Tensor, parameters: tuple[Tensor | None, ...], adapters: Adapters = NO_ADAPTERS) -> str | None:
     """Why ``decoder_layer`` does not stand in for the single ops here; None where it does.
 
     It does on the CPU in float32 or under autocast to bfloat16, where the ops it replaces may run in C++ and, unless
@@ -48,18 +66,20 @@ def why_not(x: Tensor, parameters: tuple[Tensor | None, ...]) -> str | None:
     """
     if not x.is_cpu or x.dtype is not torch.float32 or type(x) not in _PLAIN or x.dim() != 3 or not x.numel():
         return "takes float32 (B, T, C) on the CPU"
-    for p in parameters:
+    for p in (*parameters, *(t for a in adapters if a is not None for t in (a.A, a.B))):
         if p is not None and (p.dtype is not torch.float32 or type(p) not in _PLAIN or not p.is_cpu):
             return "takes plain float32 parameters on the CPU"
     transforms = _library.transforms()
-    return transforms[0] if transforms else why_not_dtype(_checks.autocast_dtype(x) or torch.float32)
+    if transforms:
+        return transforms[0]
+    return why_not_dtype(_checks.autocast_dtype(x) or torch.float32, adapted=any(adapters))
 
 
-def why_not_dtype(dtype: torch.dtype) -> str | None:
+def why_not_dtype(dtype: torch.dtype, *, adapted: bool = False) -> str | None:
     """Why not in products of ``dtype``, whatever the tensors are."""
     if dtype is not torch.float32 and dtype is not torch.bfloat16:
         return f"no products in {dtype}"
-    forced = _forced(current_setting())
+    forced = _forced(current_setting(), adapted)
     if forced is None:
         return "the setting gives one of the ops it replaces to another backend"
     if not forced and route_of(dtype) != "ours":
@@ -68,9 +88,9 @@ def why_not_dtype(dtype: torch.dtype) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _forced(setting: Setting) -> bool | None:
+def _forced(setting: Setting, adapted: bool) -> bool | None:
     """Whether all the ops it replaces are forced to C++; None where one of them may not be."""
-    backends = {setting.backend(op) for op in REPLACES}
+    backends = {setting.backend(op) for op in (*REPLACES, *(("lora_linear",) if adapted else ()))}
     return backends == {"cpp"} if backends <= {"auto", "cpp"} else None
 
 
@@ -81,34 +101,54 @@ def decoder_layer(
     options: LayerOptions,
     dropout_p: float = 0.0,
     attention_dropout_p: float | None = None,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> tuple[Tensor, Tensor]:
     """(s2, m) of the stream x and the open branch, both (B, T, C); the first layer has no branch.
 
     parameters: weight and bias of norm (C,), qkv (3 C, C), out (C, C), norm, fc (F, C) and proj (C, F), where every
     bias, and out as a whole, may be None; a weight may be the transposed view of an (in, out). dropout_p acts on the
     residual branches and, unless attention_dropout_p says otherwise, on the attention weights, from the default torch
-    generator. Differentiable once. Only where ``why_not`` has no reason.
+    generator. adapters: of the four products, each may be None. Differentiable once. Only where ``why_not`` has no
+    reason.
     """
     bf16 = torch.is_autocast_enabled("cpu")
     attention_p = dropout_p if attention_dropout_p is None else attention_dropout_p
-    seeds = _seeds(branch is not None) if dropout_p > 0 or attention_p > 0 else None
+    adapter_ps = [0.0 if a is None else a.dropout_p for a in adapters]
+    seeds = _seeds(branch is not None, dropout_p > 0 or attention_p > 0, adapter_ps)
     number = _ACTIVATION_NUMBERS[options.activation]
-    settings = (options.heads, number, options.scale, options.eps, attention_p, dropout_p, seeds, bf16)
+    scalings = [0.0 if a is None else a.scaling for a in adapters]
+    settings = (
+        options.heads, number, options.scale, options.eps, attention_p, dropout_p, scalings, adapter_ps, seeds, bf16
+    )  # fmt: skip
+    tensors = arranged(parameters, adapters)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (branch is not None and branch.requires_grad)
-        or any(p is not None and p.requires_grad for p in parameters)
+        or any(p is not None and p.requires_grad for p in tensors)
     ):
-        return _DecoderLayer.apply(settings, x, branch, *parameters)
+        return _DecoderLayer.apply(settings, x, branch, *tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.llmfast.decoder_layer_fwd.default(x, branch, parameters, *settings, False)[:2]
+        return torch.ops.llmfast.decoder_layer_fwd.default(x, branch, tensors, *settings, False)[:2]
 
 
-def _seeds(has_branch: bool) -> Tensor:
-    """Of the branch, the attention weights and the attention's own branch, drawn as the single ops draw theirs."""
-    seeds = torch.zeros(3, dtype=torch.int64)
-    for i in range(0 if has_branch else 1, 3):
-        seeds[i].random_()
+def arranged(parameters: tuple[Tensor | None, ...], adapters: Adapters = NO_ADAPTERS) -> tuple[Tensor | None, ...]:
+    """Parameters and adapters in the order of the native layer: every product's A and B behind its weight and bias."""
+    qkv, out, fc, proj = ((None, None) if a is None else (a.A, a.B) for a in adapters)
+    p = parameters
+    return *p[:4], *qkv, *p[4:6], *out, *p[6:10], *fc, *p[10:], *proj
+
+
+def _seeds(has_branch: bool, layer: bool, adapter_ps: list[float]) -> Tensor | None:
+    """Of the branch, the attention weights and the attention's own branch, where the ``layer`` drops anything, and of the
+    four adapters; drawn as the single ops draw theirs, in the order in which they run."""
+    qkv, out, fc, proj = (p > 0 for p in adapter_ps)
+    if not (layer or qkv or out or fc or proj):
+        return None
+    seeds = torch.zeros(7, dtype=torch.int64)
+    draws = ((0, layer and has_branch), (3, qkv), (1, layer), (4, out), (2, layer), (5, fc), (6, proj))
+    for i, drawn in draws:
+        if drawn:
+            seeds[i].random_()
     return seeds
 
 
@@ -144,7 +184,8 @@ def _register() -> None:
     @torch.library.register_fake("llmfast::decoder_layer_fwd")
     def _fwd(
         x: Tensor, branch: Tensor | None, parameters: list[Tensor | None], heads: int, activation: int, scale: float,
-        eps: float, attention_p: float, residual_p: float, seeds: Tensor | None, bf16: bool, keep: bool,
+        eps: float, attention_p: float, residual_p: float, scalings: list[float], adapter_ps: list[float],
+        seeds: Tensor | None, bf16: bool, keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         kept = x.new_empty((_kept_bytes(x, branch, parameters, heads, bf16) if keep else 0,), dtype=torch.uint8)
         return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.bfloat16 if bf16 else None), kept
@@ -153,12 +194,13 @@ def _register() -> None:
     def _bwd(
         dstream: Tensor, dnew_branch: Tensor, x: Tensor, branch_dtype: torch.dtype | None, stream: Tensor, kept: Tensor,
         parameters: list[Tensor | None], heads: int, activation: int, scale: float, eps: float, attention_p: float,
-        residual_p: float, seeds: Tensor | None, bf16: bool, wants: list[bool],
+        residual_p: float, scalings: list[float], adapter_ps: list[float], seeds: Tensor | None, bf16: bool,
+        wants: list[bool],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
         own = branch_dtype is not None and (branch_dtype is not torch.float32 or residual_p > 0)
         return (
-            x.new_empty(x.shape if any(wants[:10]) else (0,)),
-            x.new_empty(x.shape, dtype=branch_dtype) if own and any(wants[:4]) else x.new_empty((0,)),
+            x.new_empty(x.shape if any(wants[: 2 + _FC]) else (0,)),
+            x.new_empty(x.shape, dtype=branch_dtype) if own and any(wants[: 2 + _QKV]) else x.new_empty((0,)),
             [
                 x.new_empty((0,)) if p is None else _library.gradient_like(p, want)
                 for p, want in zip(parameters, wants[2:], strict=True)
@@ -169,7 +211,8 @@ def _register() -> None:
 def _kept_bytes(x: Tensor, branch: Tensor | None, parameters: list[Tensor | None], heads: int, bf16: bool) -> int:
     """The size of `Kept` in csrc/cpu/block.cpp."""
     B, T, C = x.shape
-    fc, item = parameters[8], 2 if bf16 else 4
+    fc, item = parameters[_FC], 2 if bf16 else 4
     hidden = 0 if fc is None else fc.shape[0]
-    floats = 4 + heads + (C if branch is not None else 0)
+    ranks = sum(A.shape[0] for w in _PRODUCTS if (A := parameters[w + 2]) is not None)
+    floats = 4 + heads + (C if branch is not None else 0) + ranks
     return int(B * T * (4 * floats + item * (4 * C + hidden)))

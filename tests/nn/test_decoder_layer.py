@@ -10,8 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmfast import ops
-from llmfast.config import GPTConfig
+from llmfast.config import GPTConfig, LoRAConfig
+from llmfast.nn import add_lora
 from llmfast.nn.layers import Block, Linear
+from llmfast.nn.lora import lora_disabled, lora_layers
 from llmfast.ops import _library
 from llmfast.ops import decoder_layer as fused
 
@@ -30,6 +32,13 @@ VARIANTS = {
     "scale": dict(attn_scale="n_embd", layer_norm_eps=0.1),
     "wide": dict(n_embd=96, n_head=2),
 }
+ADAPTERS = {
+    "every linear": dict(targets=("all-linear",), split_qkv=True),
+    "one for qkv": dict(targets=("c_attn",)),
+    "attention's projection": dict(targets=("attn.c_proj",)),
+    "the hidden layer": dict(targets=("c_fc",)),
+    "the MLP's projection": dict(targets=("mlp.c_proj",)),
+}
 
 
 def block(width: int = 21, **options) -> Block:
@@ -41,6 +50,17 @@ def block(width: int = 21, **options) -> Block:
             if name.startswith("ln") and name.endswith("weight"):
                 p.add_(1.0)
     return made
+
+
+def adapted(layer: Block, dropout: float = 0.0, r: int = 3, **options) -> Block:
+    """With adapters as training leaves them; all else is frozen."""
+    generator = torch.Generator().manual_seed(3)
+    add_lora(layer, LoRAConfig(r=r, alpha=5, dropout=dropout, **options))
+    with torch.no_grad():
+        for linear in lora_layers(layer).values():
+            linear.lora_A.normal_(0.0, 0.3, generator=generator)
+            linear.lora_B.normal_(0.0, 0.3, generator=generator)
+    return layer
 
 
 def inputs(C: int, B: int = 2, T: int = 19, branch: bool = True, dtype=torch.float32):
@@ -79,6 +99,76 @@ def test_is_as_exact_as_the_single_ops(name, branch, bf16, fused_calls):
     for a, theirs, truth in zip(ours, single, exact(layer, x, b), strict=True):
         size = truth.norm() + 1e-6
         assert (a - truth).norm() <= 2 * (theirs - truth).norm() + eps * size
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_as_exact_as_the_single_ops(name, frozen, bf16, fused_calls):
+    """``frozen``: as LoRA trains; else with the gradients of everything."""
+    layer = adapted(block(), **ADAPTERS[name])
+    if not frozen:
+        layer.requires_grad_(True)
+    x, b = inputs(21)
+    ours = results(layer, x, b, bf16)
+    assert fused_calls == [1]
+    with ops.use_backend("torch"):
+        single = results(layer, x, b, bf16)
+    eps = 2.0**-7 if bf16 else 2.0**-22
+    truths = exact(layer, x, b)
+    assert len(ours) == 4 + (2 * len(lora_layers(layer)) if frozen else len(list(layer.parameters())))
+    for a, theirs, truth in zip(ours, single, truths, strict=True):
+        assert (a - truth).norm() <= 2 * (theirs - truth).norm() + eps * (truth.norm() + 1e-6)
+
+
+@pytest.mark.parametrize("trained", ["mlp.c_proj", "mlp.c_fc", "attn.c_proj", "attn.c_attn"])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_gradients_of_one_adapter_are_those_of_all(trained, part, fused_calls):
+    layer = adapted(block(), dropout=0.2)
+    x, b = inputs(21)
+    torch.manual_seed(0)
+    whole = results(layer, x, b)[4:]
+    names = [name for name, p in layer.named_parameters() if p.requires_grad]
+    for leaf in (x, b):
+        leaf.requires_grad_(False)
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name == f"{trained}.{part}")
+    torch.manual_seed(0)
+    (got,) = results(layer, x, b)[2:]
+    assert torch.equal(got, whole[names.index(f"{trained}.{part}")])
+    assert fused_calls == [2]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("layer_drops", [False, True])
+def test_dropout_of_adapters_is_that_of_the_single_ops(bf16, layer_drops, fused_calls):
+    layer = adapted(block(dropout=0.3 if layer_drops else 0.0), dropout=0.4).train()
+    x, b = inputs(21)
+    runs = []
+    for backend, seed in (("cpp", 5), ("cpp", 5), ("lora_linear=torch", 5), ("cpp", 6)):
+        torch.manual_seed(seed)
+        with ops.use_backend(backend):
+            runs.append(results(layer, x, b, bf16))
+    assert fused_calls == [3]
+    for first, again, single in zip(*runs[:3], strict=True):
+        assert torch.equal(first, again)
+        assert (first - single).norm() <= (5e-2 if bf16 else 1e-5) * single.norm()  # another mask: about 1
+    assert not torch.equal(runs[0][0], runs[3][0])
+    layer.eval()
+    state = torch.get_rng_state()
+    layer(x, b)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_switched_off_adapters_leave_the_frozen_layer(fused_calls):
+    plain = block()
+    x, b = inputs(21)
+    expected = [t.detach() for t in plain(x, b)]
+    layer = adapted(block())
+    with lora_disabled(layer):
+        got = layer(x, b)
+    assert all(torch.equal(a, e) for a, e in zip(got, expected, strict=True))
+    assert fused_calls == [2]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 65), (3, 1), (5, 2)])
@@ -242,6 +332,7 @@ def test_settings_and_routes_decide(fused_calls, monkeypatch):
         ("ours", "torch", 0),
         ("ours", "mlp=torch", 0),
         ("ours", "linear_cross_entropy=torch", 1),
+        ("ours", "lora_linear=torch", 1),
         ("default", "cpp", 1),
     ):
         monkeypatch.setattr(fused, "route_of", lambda dtype, route=route: route)
@@ -253,13 +344,18 @@ def test_settings_and_routes_decide(fused_calls, monkeypatch):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(("branch", "bias", "dropout"), [(True, True, 0.0), (False, False, 0.0), (True, True, 0.2)])
-def test_opcheck_of_the_raw_ops(branch, bias, dropout, bf16):
+@pytest.mark.parametrize(
+    ("branch", "bias", "dropout", "lora"),
+    [(True, True, 0.0, False), (False, False, 0.0, True), (True, True, 0.2, False), (True, False, 0.2, True)],
+)
+def test_opcheck_of_the_raw_ops(branch, bias, dropout, lora, bf16):
     layer = block(bias=bias)
-    layer.requires_grad_(False)
-    parameters = layer._plain_parameters()
+    if lora:
+        adapted(layer)
+    parameters = [None if p is None else p.detach() for p in fused.arranged(*layer._plain_parts())]
     x, b = (None if t is None else t.detach() for t in inputs(21, branch=branch))
-    settings = (3, 0, 0.3, 1e-5, dropout, dropout, torch.tensor([1, 2, 3]) if dropout else None, bf16)
+    seeds = torch.arange(7) if dropout else None
+    settings = (3, 0, 0.3, 1e-5, dropout, dropout, [0.5] * 4, [dropout] * 4, seeds, bf16)
     raw = torch.ops.llmfast
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     tolerance = dict(rtol=2e-2, atol=2e-2) if bf16 else {}
@@ -267,27 +363,36 @@ def test_opcheck_of_the_raw_ops(branch, bias, dropout, bf16):
         raw.decoder_layer_fwd.default, (x, b, parameters, *settings, True), test_utils=tests, **tolerance
     )
     stream, m, kept = raw.decoder_layer_fwd(x, b, parameters, *settings, True)
-    for wants in ([True] * 14, [False] * 8 + [True] * 6):
+    for wants in ([True] * 22, [False] * 10 + [True] * 12):
         arguments = (stream, m, x, None if b is None else b.dtype, stream, kept, parameters, *settings, wants)
         torch.library.opcheck(raw.decoder_layer_bwd.default, arguments, test_utils=tests, **tolerance)
 
 
 def test_bad_arguments_of_the_raw_op_are_refused():
-    layer = block().requires_grad_(False)
+    layer = adapted(block())
     x, b = (t.detach() for t in inputs(21))
-    settings = (3, 0, 0.3, 1e-5, 0.0, 0.0, None, False, True)
-    parameters = list(layer._plain_parameters())
+    settings = (3, 0, 0.3, 1e-5, 0.0, 0.0, [1.0] * 4, [0.0] * 4, None, False, True)
+    parameters = [None if p is None else p.detach() for p in fused.arranged(*layer._plain_parts())]
     run = torch.ops.llmfast.decoder_layer_fwd
     for changed, message in (
         ({2: torch.zeros(3, 21)}, "qkv_w"),
         ({0: None}, "ln1_w"),
-        ({8: parameters[8].double()}, "fc_w"),
+        ({12: parameters[12].double()}, "fc_w"),
+        ({5: None}, "qkv_A and qkv_B go together"),
+        ({15: torch.zeros(84, 2)}, "fc_B"),
+        ({18: torch.zeros(3, 21)}, "proj_A"),
+        ({6: None, 7: None}, "out_A needs out_w"),
     ):
         with pytest.raises(RuntimeError, match=message):
             run(x, b, [changed.get(i, p) for i, p in enumerate(parameters)], *settings)
+    with pytest.raises(RuntimeError, match="parameters must be 20"):
+        run(x, b, parameters[:12], *settings)
     with pytest.raises(RuntimeError, match="heads"):
         run(x, b, parameters, 4, *settings[1:])
     with pytest.raises(RuntimeError, match="branch"):
         run(x, b[:1], parameters, *settings)
-    with pytest.raises(RuntimeError, match="seeds"):
-        run(x, b, parameters, *settings[:4], 0.1, *settings[5:])
+    with pytest.raises(RuntimeError, match="scalings"):
+        run(x, b, parameters, *settings[:6], [1.0], *settings[7:])
+    for p in (settings[:4] + (0.1,) + settings[5:], settings[:7] + ([0.1] * 4,) + settings[8:]):
+        with pytest.raises(RuntimeError, match="seeds"):
+            run(x, b, parameters, *p)
