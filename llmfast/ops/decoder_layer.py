@@ -139,8 +139,8 @@ def arranged(parameters: tuple[Tensor | None, ...], adapters: Adapters = NO_ADAP
 
 
 def _seeds(has_branch: bool, layer: bool, adapter_ps: list[float]) -> Tensor | None:
-    """Of the branch, the attention weights and the attention's own branch, where the ``layer`` drops anything, and of the
-    four adapters; drawn as the single ops draw theirs, in the order in which they run."""
+    """Of the branch, the attention weights and the attention's own branch, where the ``layer`` drops anything, and of
+    the four adapters; drawn as the single ops draw theirs, in the order in which they run."""
     qkv, out, fc, proj = (p > 0 for p in adapter_ps)
     if not (layer or qkv or out or fc or proj):
         return None

@@ -393,6 +393,6 @@ def test_bad_arguments_of_the_raw_op_are_refused():
         run(x, b[:1], parameters, *settings)
     with pytest.raises(RuntimeError, match="scalings"):
         run(x, b, parameters, *settings[:6], [1.0], *settings[7:])
-    for p in (settings[:4] + (0.1,) + settings[5:], settings[:7] + ([0.1] * 4,) + settings[8:]):
+    for p in ((*settings[:4], 0.1, *settings[5:]), (*settings[:7], [0.1] * 4, *settings[8:])):
         with pytest.raises(RuntimeError, match="seeds"):
             run(x, b, parameters, *p)
