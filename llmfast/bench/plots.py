@@ -9,7 +9,7 @@ from llmfast.bench.tables import groups
 
 
 def plot_ops(results: dict[str, Any], path: Path) -> None:
-    """A roofline of every provider, and bars of the speed beside eager PyTorch; forward and backward."""
+    """A roofline of every provider, and bars of the speed beside eager PyTorch; forward and backward together."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +22,8 @@ def plot_ops(results: dict[str, Any], path: Path) -> None:
     )
     names = list(dict.fromkeys(r["provider"] for r in hot))
     colours = {name: pyplot.get_cmap("tab20")(i % 20) for i, name in enumerate(names)}
-    _roofline(roof, results, hot, colours)
+    shown = [record for members in cases.values() for record in members]
+    _roofline(roof, results, shown, colours)
     position, ticks, labels = 0.0, [], []
     for (op, shape, dtype), members in cases.items():
         ticks.append(position + (len(members) - 1) / 2)
@@ -36,7 +37,7 @@ def plot_ops(results: dict[str, Any], path: Path) -> None:
     bars.set_yticks(ticks, labels, fontsize=7)
     bars.invert_yaxis()
     bars.axvline(1, color="0.3", linewidth=1)
-    bars.set_xlim(0, 1.3 * max((r["ratio_to_eager"] or [0.0])[0] for r in hot))
+    bars.set_xlim(0, 1.3 * max(((r["ratio_to_eager"] or [1.0])[0] for r in shown), default=1.0))
     bars.set_xlabel("times as fast as eager PyTorch, median and 10th to 90th percentile")
     figure.suptitle(f"{results['device']}, torch {results['versions']['torch']}, {results['date'][:10]}")
     figure.savefig(path, dpi=120)
@@ -95,7 +96,6 @@ def _bars(results: dict[str, Any], names: list[str], values: dict[str, list[floa
 
 def _roofline(axes: Any, results: dict[str, Any], records: list[dict[str, Any]], colours: dict[str, Any]) -> None:
     copy, rates = results["ceilings"]["copy"], results["ceilings"]["matmul"]
-    markers = {"forward": "o", "backward": "s", "both": "D"}
     intensities = [r["flops"] / r["bytes"] for r in records] or [1.0]
     edge = [min(intensities) / 2, max(*intensities, *(2 * rate / copy for rate in rates.values())) * 2]
     for dtype, rate in rates.items():
@@ -104,10 +104,8 @@ def _roofline(axes: Any, results: dict[str, Any], records: list[dict[str, Any]],
         axes.annotate(f"{dtype} products", (edge[1], rate / 1e12), ha="right", va="bottom", fontsize=8)
     for record in records:
         x, y = record["flops"] / record["bytes"], record["flops_per_second"] / 1e12
-        axes.plot(x, y, markers[record["mode"]], color=colours[record["provider"]], markersize=5)
+        axes.plot(x, y, "o", color=colours[record["provider"]], markersize=5)
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=name)
-    for mode, marker in markers.items():
-        axes.plot([], [], marker, color="0.4", markerfacecolor="none", label=mode)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s")
     axes.legend(fontsize=8)

@@ -110,6 +110,11 @@ def test_a_provider_that_is_wrong_is_reported_and_not_timed(cheat):
     assert "cheat: WRONG: " in tables.ops_table(results)
 
 
+def test_results_without_a_time_are_drawn(tmp_path):
+    plots.plot_ops(run(made("cheat", slightly_wrong)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_products_of_lower_precision_are_wrong_and_another_order_of_adding_is_not():
     """The rule for errors beyond the tests' limit: docs/benchmarks.md."""
     shape = {"rows": (1024,), "C": 64, "M": 96}
