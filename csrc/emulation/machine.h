@@ -80,10 +80,11 @@ struct Quiet {
   }
 };
 
-// One cp.async under way: 16 bytes, zeros without a source.
+// One cp.async under way; zeros without a source.
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
   Site site;
 };
 
@@ -294,11 +295,11 @@ inline void note(const void* p, size_t bytes, bool write, const Site& site) {
 }
 
 inline void land(const Copy& copy) {
-  note(copy.to, 16, true, copy.site);
+  note(copy.to, copy.bytes, true, copy.site);
   if (copy.from)
-    memcpy(copy.to, copy.from, 16);
+    memcpy(copy.to, copy.from, copy.bytes);
   else
-    memset(copy.to, 0, 16);
+    memset(copy.to, 0, copy.bytes);
 }
 
 // ---- a launch -------------------------------------------------------------------------------------------------------

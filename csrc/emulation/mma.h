@@ -47,27 +47,40 @@ struct MmaLane {
   const uint32_t *a, *b;
 };
 
-// element(a register, half) as float; K columns of A in kWidth elements a register.
+// Most of an emulated kernel's time: without the sanitizers' instructions (in what it calls neither: all is inlined), eight
+// columns at a time.
+#define LLMFAST_BARE __attribute__((noinline, no_sanitize("address", "undefined", "thread")))
+typedef double Columns __attribute__((vector_size(64)));
+
+// decode(register, element): a float; kWidth elements a register, K columns of A.
 template <int K, typename F>
-void mma_of_warp(void** lanes, F element) {
+LLMFAST_BARE void mma_of_warp(void** lanes, F decode) {
   constexpr int kWidth = K / 8;
-  float A[16][K], B[8][K];
+  double A[16][K];
+  Columns B[K];
   for (int l = 0; l < 32; ++l) {
     const auto* lane = static_cast<MmaLane*>(lanes[l]);
     const int g = l / 4, t = l % 4 * kWidth;
     for (int e = 0; e < kWidth; ++e) {
-      for (int r = 0; r < 4; ++r) A[g + 8 * (r & 1)][t + K / 2 * (r >> 1) + e] = element(lane->a[r], e);
-      for (int r = 0; r < 2; ++r) B[g][t + K / 2 * r + e] = element(lane->b[r], e);
+      for (int r = 0; r < 4; ++r) A[g + 8 * (r & 1)][t + K / 2 * (r >> 1) + e] = decode(lane->a[r], e);
+      for (int r = 0; r < 2; ++r) B[t + K / 2 * r + e][g] = decode(lane->b[r], e);
     }
   }
-  for (int l = 0; l < 32; ++l)
-    for (int i = 0; i < 4; ++i) {
-      const int m = l / 4 + 8 * (i >> 1), n = l % 4 * 2 + (i & 1);
-      float& d = static_cast<MmaLane*>(lanes[l])->d[i];
-      double sum = d;
-      for (int k = 0; k < K; ++k) sum += double(A[m][k]) * B[n][k];
-      d = float(sum);
-    }
+  for (int m = 0; m < 16; ++m) {
+    Columns sum;
+    const auto d = [&](int n) __attribute__((always_inline))->float& {
+      return static_cast<MmaLane*>(lanes[m % 8 * 4 + n / 2])->d[m / 8 * 2 + n % 2];
+    };
+    for (int n = 0; n < 8; ++n) sum[n] = d(n);
+    for (int k = 0; k < K; ++k) sum += A[m][k] * B[k];
+    for (int n = 0; n < 8; ++n) d(n) = float(sum[n]);
+  }
+}
+
+inline __attribute__((always_inline)) float float_of_bits(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, 4);
+  return v;
 }
 
 template <typename T>
@@ -75,10 +88,12 @@ LLMFAST_MEETS void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uin
   emu::Quiet quiet;
   MmaLane mine{d, a, b};
   const auto op = [](void** lanes, unsigned) {
-    mma_of_warp<16>(lanes, [](uint32_t r, int half) {
-      T v;
-      v.bits = uint16_t(r >> 16 * half);
-      return float(v);
+    mma_of_warp<16>(lanes, [](uint32_t r, int half) __attribute__((always_inline)) {
+      const uint16_t bits = uint16_t(r >> 16 * half);
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) return float_of_bits(uint32_t(bits) << 16);
+      _Float16 h;
+      memcpy(&h, &bits, 2);
+      return float(h);
     });
   };
   emu::warp_collective("mma", ~0u, &mine, op, LLMFAST_SITE, false);
@@ -94,32 +109,35 @@ LLMFAST_MEETS inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4]
   emu::Quiet quiet;
   MmaLane mine{d, a, b};
   const auto op = [](void** lanes, unsigned) {
-    mma_of_warp<8>(lanes, [](uint32_t r, int) {
-      r &= ~0x1FFFu;  // what the tensor core reads
-      float v;
-      memcpy(&v, &r, 4);
-      return v;
+    mma_of_warp<8>(lanes, [](uint32_t r, int) __attribute__((always_inline)) {
+      return float_of_bits(r & ~0x1FFFu);  // what the tensor core reads
     });
   };
   emu::warp_collective("mma", ~0u, &mine, op, LLMFAST_SITE, false);
 }
 
-LLMFAST_MEETS inline void cp_async16(void* to, const void* from, bool there = true, LLMFAST_HERE) {
-  emu::Quiet quiet;
-  const emu::Site site = LLMFAST_SITE;
-  if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16))
-    emu::fail("cp.async " + site.str() + ": an address is not aligned to 16 bytes");
-  emu::note(to, 16, true, site);
+inline void cp_async(void* to, const void* from, int bytes, bool there, const emu::Site& site) {
+  if (uintptr_t(to) % bytes || (there && uintptr_t(from) % bytes))
+    emu::fail("cp.async " + site.str() + ": an address is not aligned to " + std::to_string(bytes) + " bytes");
+  emu::note(to, bytes, true, site);
   if (there) {
-    emu::note(from, 16, false, site);
+    emu::note(from, bytes, false, site);
     [[maybe_unused]] volatile char seen = static_cast<const char*>(from)[0];  // ASan looks now, not at the landing
-    seen = static_cast<const char*>(from)[15];
+    seen = static_cast<const char*>(from)[bytes - 1];
   }
-  const emu::Copy copy{to, there ? from : nullptr, site};
+  const emu::Copy copy{to, there ? from : nullptr, bytes, site};
   if (emu::config.late_copies)
     emu::machine.current->copies.push_back(copy);
   else
     emu::land(copy);
+}
+LLMFAST_MEETS inline void cp_async16(void* to, const void* from, bool there = true, LLMFAST_HERE) {
+  emu::Quiet quiet;
+  cp_async(to, from, 16, there, LLMFAST_SITE);
+}
+LLMFAST_MEETS inline void cp_async4(void* to, const void* from, bool there = true, LLMFAST_HERE) {
+  emu::Quiet quiet;
+  cp_async(to, from, 4, there, LLMFAST_SITE);
 }
 
 inline void cp_async_commit() {

@@ -171,7 +171,7 @@ def _kernel(
         return raw.causal_attention_fwd.default(q, k, v, scale, dropout_p, seed, kv_lens, doc_ids)[0]
 
 
-# csrc/cpu/attention.cpp; kernels/causal_attention.py
+# csrc/cpu/attention.cpp and csrc/cuda/attention_*.cu; kernels/causal_attention.py
 _native = functools.partial(_kernel, torch.ops.llmfast)
 _triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
@@ -237,13 +237,13 @@ def _native_declines(q: Tensor, *_: Any) -> list[str]:
     return reasons
 
 
-TRITON_MAX_HEAD_SIZE = 128  # MAX_HEAD_SIZE of kernels/causal_attention.py
+GPU_MAX_HEAD_SIZE = 128  # MAX_HEAD_SIZE of kernels/causal_attention.py, kAttentionMaxHeadSize of csrc/cuda/attention.h
 
 
-def _triton_declines(q: Tensor, *_: Any) -> list[str]:
+def _gpu_declines(q: Tensor, *_: Any) -> list[str]:
     reasons = _library.transforms()
-    if not 0 < q.shape[-1] <= TRITON_MAX_HEAD_SIZE:
-        reasons = [*reasons, f"heads of {q.shape[-1]} elements, not 1 to {TRITON_MAX_HEAD_SIZE}"]
+    if not 0 < q.shape[-1] <= GPU_MAX_HEAD_SIZE:
+        reasons = [*reasons, f"heads of {q.shape[-1]} elements, not 1 to {GPU_MAX_HEAD_SIZE}"]
     return reasons
 
 
@@ -325,6 +325,15 @@ _op = Op(
     cost=_cost,
     implementations=[
         Implementation(
+            "cuda",
+            _native,
+            "ours",
+            ("cuda",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            _library.unavailable,
+            _gpu_declines,
+        ),
+        Implementation(
             "cpp",
             _native,
             "ours",
@@ -334,7 +343,7 @@ _op = Op(
             _native_declines,
             not_worth=_faster_elsewhere,
         ),
-        _triton.implementation(_triton_kernel, _triton_declines),
+        _triton.implementation(_triton_kernel, _gpu_declines),
         Implementation("torch", _torch, "PyTorch (SDPA)"),
     ],
 )

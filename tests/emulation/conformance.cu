@@ -138,13 +138,17 @@ void test_rounding() {
 }
 
 // Three groups of copies, the middle one partly zeros; the first is read while the last is under way.
+template <bool kWords>
 __global__ void run_copies(const uint32_t* in, uint32_t* out) {
   LLMFAST_DYN_SHARED(uint32_t, to, 16);
   const int i = threadIdx.x;
   for (int group = 0; group < 3; ++group) {
     const int at = (group * 64 + i) * 4;
     const bool there = group != 1 || i % 3 != 0;
-    cp_async16(to + at, there ? in + at : nullptr, there);
+    if constexpr (kWords)
+      for (int e = 0; e < 4; ++e) cp_async4(to + at + e, there ? in + at + e : nullptr, there);
+    else
+      cp_async16(to + at, there ? in + at : nullptr, there);
     cp_async_commit();
   }
   cp_async_wait<1>();
@@ -159,11 +163,12 @@ __global__ void run_copies(const uint32_t* in, uint32_t* out) {
   }
 }
 
+template <bool kWords>
 void test_copies() {
   std::vector<uint32_t> host(3 * 64 * 4);
   for (auto& v : host) v = uint32_t(rng());
   Device<uint32_t> in(host), out(host.size());
-  LLMFAST_LAUNCH(run_copies, 1, 64, host.size() * 4, nullptr, in.data(), out.data());
+  LLMFAST_LAUNCH(run_copies<kWords>, 1, 64, host.size() * 4, nullptr, in.data(), out.data());
   for (int i = 0; i < 64; i += 3)
     for (int e = 0; e < 4; ++e) host[(64 + i) * 4 + e] = 0;
   require_same("word", out.host(), host);
@@ -183,6 +188,7 @@ int main() {
       {"mma bf16", test_mma<__nv_bfloat16, 16>},
       {"mma tf32", test_mma<float, 8>},
       {"rounding, exp2", test_rounding},
-      {"cp.async", test_copies},
+      {"cp.async 16", test_copies<false>},
+      {"cp.async 4", test_copies<true>},
   });
 }

@@ -18,7 +18,7 @@ from llmfast.ops._registry import OPS, Implementation, forget_choices
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OPS_HERE = ["layer_norm", "add_layer_norm"]
+OPS_HERE = ["layer_norm", "add_layer_norm", "causal_attention"]
 SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
 
 
@@ -97,6 +97,34 @@ def test_opcheck_of_the_layer_norms(raw):
         (x, residual, w, b, 1e-5, 0.3, SEED),
         lambda i, o: (o[0], o[1], o[1], i[2], o[2], o[3], True, torch.float32, 0.3, SEED),
     )
+
+
+@pytest.mark.parametrize(("D", "p"), [(24, 0.0), (20, 0.3)])
+def test_opcheck_of_attention(raw, D, p):
+    q, k, v = randn((2, 2, 9, D), (2, 2, 13, D), (2, 2, 13, D))
+    masks = torch.tensor([13, 5], dtype=torch.int32), torch.zeros(2, 13, dtype=torch.int64)
+    options = (0.3, p, SEED if p else None, *masks)
+    check(
+        raw.causal_attention_fwd,
+        raw.causal_attention_bwd,
+        (q, k, v, *options),
+        lambda i, o: (o[0], *i[:3], *o, *options),
+    )
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_attention_drops_what_the_cpu_kernel_drops(raw, D):
+    assert _library.why_not_loaded() is None
+    zeros, v = torch.zeros(1, 2, 150, D), torch.eye(150)[:, :D].expand(1, 2, 150, D).contiguous()
+    options = (1.0, 0.3, SEED, None, None)
+    forward = [ops.causal_attention_fwd(zeros, zeros, v, *options) for ops in (raw, torch.ops.llmfast)]
+    torch.testing.assert_close(forward[0], forward[1])  # weights of key j in column j
+    dout = torch.eye(150)[:, :D].expand(1, 2, 150, D).contiguous()
+    dv = [
+        ops.causal_attention_bwd(dout, zeros, zeros, v, *out, *options)[2]
+        for ops, out in zip((raw, torch.ops.llmfast), forward, strict=True)
+    ]
+    torch.testing.assert_close(dv[0], dv[1])
 
 
 @pytest.mark.parametrize("name", OPS_HERE)

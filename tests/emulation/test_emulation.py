@@ -41,6 +41,28 @@ def test_layer_norm_reaches_offsets_beyond_32_bits():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+ATTENTION = [HERE / "attention.cpp", CSRC / "cuda/attention_forward.cu", CSRC / "cuda/attention_backward.cu"]
+
+
+@pytest.mark.parametrize(
+    ("build", "cases", "environment"),
+    [
+        ("release", CASES // 5, {}),
+        ("sanitized", CASES // 20, {}),
+        ("race", CASES // 40, {}),
+        ("race", CASES // 120, {"LLMFAST_RACE_GLOBAL": "1"}),
+    ],
+)
+def test_attention_equals_float64_under_every_schedule(build, cases, environment):
+    done = run(cached_test(build, ATTENTION), cases, 1, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_attention_reaches_offsets_beyond_32_bits():
+    done = run(cached_test("release", ATTENTION), "huge")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("build", ["release", "sanitized", "race"])
 def test_every_wrapper_of_ptx_does_what_it_says(build):
     done = run(cached_test(build, [HERE / "conformance.cu"]))

@@ -1,0 +1,235 @@
+"""Plants bugs in the CUDA kernels by rule; the emulator must find every one that changes results or memory safety.
+
+    python tests/emulation/mutate.py                     # a fixed sample of every file, as CI runs it
+    python tests/emulation/mutate.py attention_tile.h --most 100 --seed 3
+
+A mutant is one place of one file, changed by one rule. It is compiled for one data type and run against float64 under
+several schedules (release), then with ASan and UBSan, then with the race detector, until one of them objects. The
+mutants that none objects to must be in HARMLESS, each with what makes it so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from builds import BUILDS, CSRC, FLAGS, HERE, run
+
+CUDA = CSRC / "cuda"
+BFLOAT16 = 2  # its number in DType
+
+# rule -> what it looks for, and what it writes instead; several pairs are several kinds of the same mistake
+RULES: dict[str, list[tuple[str, str]]] = {
+    "missing barrier": [(r"__sync(threads|warp)\(\);", ";"), (r"named_barrier\w*\([^;]*\);", ";")],
+    "missing wait": [(r"(cp_async|wgmma|tma)_wait\w*<\d+>\(\);", ";"), (r"mbar_wait\([^;]*\);", ";")],
+    "wait for too little": [(r"((?:cp_async|wgmma)_wait)<0>", r"\1<1>"), (r"((?:cp_async|wgmma)_wait)<1>", r"\1<2>")],
+    "missing commit": [(r"(cp_async|wgmma)_commit\(\);", ";")],
+    "off by one": [(r"(?<=[\w\])]) < (?=[\w(])", " <= "), (r"(?<=[\w\])]) <= (?=[\w(])", " < ")],
+    "missing mask": [
+        (r"const bool (there|seen|inside|ok) = [^;]*;", r"const bool \1 = true;"),
+        (r"if \((\w+(?: \+ [\w *]+)?) < [\w.]+\)", r"if (\1 >= 0)"),
+        (r"&& [\w.+* ]+ < [\w.]+(?=[;)])", ""),
+    ],
+    "wrong fragment": [
+        (r"lane / 4\b", "lane % 8"),
+        (r"lane % 4\b", "(lane & 1)"),
+        (r"lane & 15\b", "lane & 7"),
+        (r"lane >> 4\b", "(lane >> 3 & 1)"),
+        (r"\+ 8 \* (\w+)", r"+ 4 * \1"),
+        (r"(ldmatrix<\d), true>", r"\1, false>"),
+        (r"i % 2 \* 2 \+ 1\]", "i % 2 * 2]"),
+    ],
+    "wrong lane": [(r"(__shfl_xor_sync\([^;]*), 2\)", r"\1, 1)"), (r"offset = 16;", "offset = 8;")],
+    "misaligned access": [(r"(chunk|c) \* (kWidth|N)\b", r"\1 * \2 + 1"), (r"\* int\(16 / sizeof\(T\)\)", "* 4")],
+    "wrong stage": [(r"tile % 2 \*", "0 *"), (r"stage \* (k\w+)", r"0 * \1")],
+    "forgotten factor": [
+        (r" \*= shrink;", " *= 1.f;"),
+        (r" \* (a\.)?scale\b", ""),
+        (r"\? a\.dropout\.scale :", "? 1.f :"),
+    ],
+    "too little shared memory": [(r"(kBytes|n \* sizeof\(float\)), stream", r"\1 - 16, stream")],
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What tests a file: the driver, and the sources whose kernels it calls."""
+
+    driver: str
+    sources: tuple[str, ...]
+    dtype: int = BFLOAT16
+    cases: int = 14
+
+
+ATTENTION = Target("attention.cpp", ("attention_forward.cu", "attention_backward.cu"))
+TARGETS = {
+    "layer_norm.cu": Target("layer_norm.cpp", ("layer_norm.cu",), cases=40),
+    "attention_tile.h": ATTENTION,
+    "attention_forward.cu": ATTENTION,
+    "attention_backward.cu": ATTENTION,
+}
+
+# (file, rule, the changed line) -> why nothing can object
+HARMLESS: dict[tuple[str, str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    rule: str
+    line: int
+    text: str  # of the line as it was
+    source: str  # of the whole file, changed
+
+
+def code_of(source: str) -> str:
+    """The source with comments blanked, of the same length."""
+    return re.sub(r"//[^\n]*", lambda match: " " * len(match[0]), source)
+
+
+def mutants(file: str) -> list[Mutant]:
+    source = (CUDA / file).read_text(encoding="utf-8")
+    code, found = code_of(source), []
+    for rule, pairs in RULES.items():
+        for old, new in pairs:
+            for match in re.finditer(old, code):
+                start = code.rfind("\n", 0, match.start()) + 1
+                text = source[start : source.find("\n", start)]
+                if text.lstrip().startswith(("#", "template", "static_assert", "using")):
+                    continue
+                changed = source[: match.start()] + match.expand(new) + source[match.end() :]
+                found.append(Mutant(file, rule, source.count("\n", 0, start) + 1, text.strip(), changed))
+    return found
+
+
+def sample(found: list[Mutant], most: int, rng: random.Random) -> list[Mutant]:
+    """At most ``most``, of as many rules as there are."""
+    by_rule = [[m for m in found if m.rule == rule] for rule in RULES]
+    for some in by_rule:
+        rng.shuffle(some)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_rule))
+    return [m for m in turns if m is not None][:most]
+
+
+def one_type(source: str) -> str:
+    """Of a dispatch over the data types, the bfloat16 one alone: a third of the time to compile."""
+    return re.sub(r" *case DType::f(32|16): return with_\w+\([^;]*\);\n", "", source)
+
+
+def gcc(*words: object) -> None:
+    command = ["nice", "g++", *FLAGS.split(), "-w", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+
+
+class Workshop:
+    """Compiled parts in a directory: drivers and unchanged sources once, mutants one by one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.parts: dict[tuple[str, str], Path] = {}
+
+    def part(self, build: str, source: Path) -> Path:
+        """The object of an unchanged source."""
+        key = (build, source.name)
+        if key not in self.parts:
+            out = self.directory / f"{build}-{source.name}.o"
+            flags = BUILDS[build][0 if source.suffix == ".cu" else 1].split()
+            text = one_type(source.read_text(encoding="utf-8"))
+            copy = self.directory / source.name
+            copy.write_text(text, encoding="utf-8")
+            gcc(*flags, f"-I{CSRC}", f"-I{HERE}", f"-I{source.parent}", "-x", "c++", "-c", copy, "-o", out)
+            self.parts[key] = out
+        return self.parts[key]
+
+    def program(self, build: str, target: Target, mutant: Mutant | None, folder: Path) -> Path:
+        objects = [self.part(build, HERE / target.driver)]
+        if build == "race":
+            objects.append(self.part(build, CSRC / "emulation/race.cpp"))
+        for name in target.sources:
+            if mutant is None or (name != mutant.file and mutant.file.endswith(".cu")):
+                objects.append(self.part(build, CUDA / name))
+                continue
+            copy = folder / "cuda"  # its headers shadow the originals
+            if not copy.exists():
+                shutil.copytree(CUDA, copy)
+                for path in copy.iterdir():
+                    path.write_text(one_type(mutant.source if path.name == mutant.file else path.read_text()))
+            objects.append(folder / f"{build}-{name}.o")
+            flags = BUILDS[build][0].split()
+            gcc(*flags, f"-I{folder}", f"-I{CSRC}", "-x", "c++", "-c", copy / name, "-o", objects[-1])
+        out = folder / build
+        gcc("-o", out, *objects, *BUILDS[build][2].split(), "-ldl")
+        return out
+
+
+# build, its share of the cases, environment
+LANES = [("release", 1, {}), ("sanitized", 3, {}), ("race", 7, {}), ("race", 14, {"LLMFAST_RACE_GLOBAL": "1"})]
+
+
+def objection(workshop: Workshop, target: Target, mutant: Mutant | None) -> str | None:
+    """The first lane's complaint; None if none has one."""
+    with tempfile.TemporaryDirectory(dir=workshop.directory) as name:
+        programs: dict[str, Path] = {}
+        for build, share, environment in LANES:
+            try:
+                if build not in programs:
+                    programs[build] = workshop.program(build, target, mutant, Path(name))
+            except RuntimeError as error:
+                if mutant is None:
+                    raise
+                return f"does not compile: {str(error).splitlines()[-1][:80]}"
+            cases = max(1, target.cases // share)
+            try:
+                done = run(programs[build], cases, 1, target.dtype, **environment)
+            except subprocess.TimeoutExpired:
+                return f"{build}: does not end"
+            if done.returncode:
+                said = re.search(r"(case \d+: .*|SUMMARY: .*|.*runtime error: .*)", done.stdout + done.stderr)
+                return f"{build}: {said[0][:150] if said else f'exit code {done.returncode}'}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", default=list(TARGETS), help="of csrc/cuda (default: all)")
+    parser.add_argument("--most", type=int, default=14, help="mutants of a file (default: 14)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    failures = 0
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
+        workshop = Workshop(Path(name))
+        for file in options.files:
+            target = TARGETS[file]
+            clean = objection(workshop, target, None)
+            if clean:
+                print(f"{file} as it is: {clean}")
+                return 1
+            chosen = sample(mutants(file), options.most, random.Random(options.seed))
+            said = list(pool.map(lambda mutant, target=target: objection(workshop, target, mutant), chosen))
+            missed = 0
+            for mutant, what in zip(chosen, said, strict=True):
+                why = HARMLESS.get((mutant.file, mutant.rule, mutant.text))
+                missed += what is None and why is None
+                verdict = what or (f"harmless: {why}" if why else "NOT FOUND")
+                print(f"{file}:{mutant.line}: {mutant.rule}: {mutant.text}\n    {verdict}", flush=True)
+            print(f"== {file}: {len(chosen)} mutants of {len({m.rule for m in chosen})} rules, {missed} not found\n")
+            failures += missed
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

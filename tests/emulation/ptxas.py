@@ -1,0 +1,66 @@
+"""Compiles every CUDA kernel with nvcc for each architecture: no warning, no spill but where ALLOWED says why.
+
+python tests/emulation/ptxas.py [--arch 80 90a] [FILE...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+# kernels (a pattern of the whole name) -> bytes that they may spill, and why
+ALLOWED = {
+    r"(keys|queries)_kernel<float, 128,": (
+        64,
+        "heads above 64: dk and dv take 128 registers, a factor two",
+    ),
+}
+
+
+def compile_one(path: Path, arch: str) -> tuple[list[str], list[str]]:
+    """(lines of the table, problems)"""
+    with tempfile.TemporaryDirectory() as folder:
+        command = f"nvcc -std=c++17 -O3 -I{CSRC} -gencode arch=compute_{arch},code=sm_{arch} -Xptxas -v -c {path}"
+        done = subprocess.run([*command.split(), "-o", f"{folder}/out.o"], capture_output=True, text=True)
+    names = iter(re.findall(r"Compiling entry function '(\w+)'", done.stderr))
+    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    registers = re.findall(r"Used (\d+) registers", done.stderr)
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line.lower() or "error" in line.lower()]
+    lines, problems = [], [f"{path.name} sm_{arch}: {line}" for line in warnings]
+    if done.returncode or not len(plain) == len(spilled) == len(registers):
+        problems.append(f"{path.name} sm_{arch}: does not compile, or says so in an unknown form")
+    for name, (stores, loads), used in zip(plain, spilled, registers, strict=False):
+        short = re.sub(r"llmfast::cuda::|\(anonymous namespace\)::|^void |\(.*\)$", "", name)
+        allowed = next((most for pattern, (most, _) in ALLOWED.items() if re.search(pattern, short)), 0)
+        lines.append(f"sm_{arch:4}{used:>5} registers {stores:>5} {loads:>5} bytes spilled  {short}")
+        if max(int(stores), int(loads)) > allowed:
+            problems.append(f"{path.name} sm_{arch}: {short} spills {stores} bytes, loads {loads}, not {allowed}")
+    return lines, problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="of csrc/cuda (default: all)")
+    parser.add_argument("--arch", nargs="+", default=["80", "90a"])
+    options = parser.parse_args()
+    paths = [CSRC / "cuda" / name for name in options.files] or sorted((CSRC / "cuda").glob("*.cu"))
+    work = [(path, arch) for path in paths for arch in options.arch]
+    problems = []
+    with ThreadPoolExecutor(2) as pool:
+        for lines, found in pool.map(lambda item: compile_one(*item), work):
+            print(*lines, sep="\n", flush=True)
+            problems += found
+    print(*(f"PROBLEM {problem}" for problem in problems), sep="\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
