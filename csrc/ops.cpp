@@ -49,6 +49,10 @@ LLMFAST_LIBRARY(LLMFAST_NAMESPACE, m) {
       "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor row_weight, float label_smoothing,"
       " bool bf16, bool want_dx, bool want_dweight, bool want_dbias)"
       " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dbias)");
+  // z (rows, V) with contiguous rows: logits, without bias (V,), become scale (rows,) times their gradient where it is given.
+  // target int64 (rows,) in [0, V). Losses float32 (rows,), without scale. CUDA.
+  m.def(
+      "softmax_gradient_(Tensor(a!) z, Tensor? bias, Tensor target, Tensor? scale, float label_smoothing) -> Tensor");
   // One AdamW update from grads / divisor, all float32, all but grads contiguous.
   m.def(
       "adamw_(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, float step,"
@@ -60,6 +64,7 @@ LLMFAST_LIBRARY(LLMFAST_NAMESPACE, m) {
   m.def(
       "mlp_fwd(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation,"
       " ScalarType dtype, bool keep) -> (Tensor y, Tensor h)");
+  m.def("mlp_products() -> str");  // whose products they are on CUDA
   // wanted: bit i set for the gradient number i; the others are empty. A bias's gradient has its weight's dtype.
   m.def(
       "mlp_bwd(Tensor dy, Tensor x, Tensor h, Tensor fc_weight, Tensor proj_weight, str activation, int wanted)"

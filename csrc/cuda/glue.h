@@ -34,6 +34,7 @@ using MaybeTensor = std::optional<Tensor>;
 struct OnDeviceOf {
   explicit OnDeviceOf(const Tensor&) {}
   int multiprocessors() const { return 3; }
+  int capability() const { return 90; }  // operands that are not aligned take the other product all the same
   cudaStream_t stream() const { return nullptr; }
 };
 #else
@@ -46,8 +47,18 @@ class OnDeviceOf {
     STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch has no CUDA support");
     STD_CUDA_CHECK(cudaSetDevice(device_));  // the CUDA runtime in this library is not torch's copy
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device_));
+    int major = 0, minor = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_));
+    capability_ = 10 * major + minor;
   }
   int multiprocessors() const { return multiprocessors_; }
+  int capability() const { return capability_; }  // 10 major + minor
+  void* blas_handle() const {  // of this device and stream; also a cuBLASLt handle
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+    return handle;
+  }
   cudaStream_t stream() const {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
@@ -57,7 +68,7 @@ class OnDeviceOf {
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
-  int multiprocessors_ = 0;
+  int multiprocessors_ = 0, capability_ = 0;
 };
 #endif
 

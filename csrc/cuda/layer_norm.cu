@@ -73,12 +73,11 @@ __device__ inline void store_row(T* row, int n, const float (&in)[kElements]) {
 template <int N>
 __device__ inline void drop_row(const Dropout& dropout, int64_t row, float (&v)[kElements]) {
   const uint64_t seed = uint64_t(*dropout.seed);
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int p = 0; p < kElements / N; ++p) bits |= kept<N>(seed, dropout.drop, row, pack_column<N>(p)) << p * N;
 #pragma unroll
-  for (int p = 0; p < kElements / N; ++p) {
-    const unsigned bits = kept<N>(seed, dropout.drop, row, pack_column<N>(p));
-#pragma unroll
-    for (int e = 0; e < N; ++e) v[p * N + e] = bits >> e & 1 ? v[p * N + e] * dropout.scale : 0.f;
-  }
+  for (int i = 0; i < kElements; ++i) v[i] = bits >> i & 1 ? v[i] * dropout.scale : 0.f;
 }
 
 template <typename T, typename W, int N, bool kAdd>

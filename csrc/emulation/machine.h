@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <random>
 #include <stdexcept>
@@ -62,6 +63,8 @@ struct Site {
 struct Hooks {
   void (*block_begin)(int threads) = nullptr;
   void (*sync)(const int* threads, int n) = nullptr;  // all-to-all ordering among these threads
+  void (*release)(const void* object) = nullptr;  // by the running thread, at a barrier in shared memory
+  void (*acquire)(const void* object) = nullptr;
   void (*access)(const void* p, size_t bytes, bool write, const void* pc) = nullptr;  // by the emulator for a thread
 };
 inline Hooks hooks;
@@ -88,7 +91,7 @@ struct Copy {
   Site site;
 };
 
-enum class State { ready, at_block, at_warp, done };
+enum class State { ready, at_block, at_warp, at_named, until, done };
 
 #ifdef LLMFAST_UCONTEXT
 using Context = ucontext_t;
@@ -107,6 +110,7 @@ struct Thread {
   Site site;
   unsigned mask;
   void* argument;
+  bool (*condition)(void*);               // of the argument: what a thread in State::until waits for
   std::vector<Copy> copies;               // issued,
   std::vector<std::vector<Copy>> groups;  // and committed
 };
@@ -121,6 +125,8 @@ struct Machine {
   std::vector<Thread> threads;  // grows; the first `n` make the block
   int n = 0, at_block = 0, done = 0;
   std::vector<int> warp_waiting;
+  std::vector<int> at_named[16];                  // threads at each named barrier
+  std::vector<std::function<void()>> landings;    // asynchronous copies of the block under way
   Thread* current = nullptr;
   Context main;
   void* main_fake_stack = nullptr;
@@ -212,6 +218,8 @@ inline void prepare_block(int n, dim3 block) {
   machine.n = n;
   machine.at_block = machine.done = 0;
   machine.warp_waiting.assign((n + 31) / 32, 0);
+  for (auto& threads : machine.at_named) threads.clear();
+  machine.landings.clear();
   for (int i = 0; i < n; ++i) {
     Thread& thread = machine.threads[i];
     thread.linear = i;
@@ -288,6 +296,33 @@ inline void warp_collective(const char* what, unsigned mask, void* argument, voi
   machine.warp_waiting[warp] -= n;
 }
 
+// Waits, however long, until condition(argument).
+inline void wait_until(const char* what, bool (*condition)(void*), void* argument, Site site) {
+  if (condition(argument)) return;
+  Thread& self = *machine.current;
+  self.state = State::until;
+  self.what = what;
+  self.site = site;
+  self.argument = argument;
+  self.condition = condition;
+  leave_fiber();
+}
+
+inline void named_barrier(int id, int threads, Site site) {
+  Quiet quiet;
+  if (id < 1 || id > 15 || threads % 32) fail("named_barrier " + site.str() + ": no such barrier");
+  Thread& self = *machine.current;
+  self.state = State::at_named;
+  self.what = "named_barrier";
+  self.site = site;
+  auto& waiting = machine.at_named[id];
+  waiting.push_back(self.linear);
+  if (int(waiting.size()) < threads) return leave_fiber();
+  for (int i : waiting) machine.threads[i].state = State::ready;
+  if (hooks.sync) hooks.sync(waiting.data(), threads);
+  waiting.clear();
+}
+
 // ---- accesses that the compiler does not see -------------------------------------------------------------------------
 
 inline void note(const void* p, size_t bytes, bool write, const Site& site) {
@@ -332,13 +367,21 @@ inline void run_block() {
         more = false;
         for (int lane : lanes) {
           const int i = warp * 32 + lane;
-          if (i >= machine.n || machine.threads[i].state != State::ready) continue;
-          enter_fiber(machine.threads[i]);
+          if (i >= machine.n) continue;
+          Thread& thread = machine.threads[i];
+          if (thread.state == State::until && thread.condition(thread.argument)) thread.state = State::ready;
+          if (thread.state != State::ready) continue;
+          enter_fiber(thread);
           if (!machine.error.empty()) throw Error(machine.error);
           more = progress = true;
         }
       }
-    if (!progress) report_deadlock();
+    if (progress) continue;
+    if (machine.landings.empty()) report_deadlock();
+    const size_t next = config.seed > 1 ? machine.random() % machine.landings.size() : 0;  // in any order
+    const auto land = machine.landings[next];
+    machine.landings.erase(machine.landings.begin() + int64_t(next));
+    land();
   }
 }
 

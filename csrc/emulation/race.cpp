@@ -22,6 +22,7 @@ struct Cell {
 using Clock = std::vector<uint32_t>;
 
 std::vector<Clock> clocks;
+std::unordered_map<const void*, Clock> objects;  // barriers in shared memory
 std::unordered_map<uintptr_t, Cell> shared_cells, global_cells;
 int64_t block_number = -1, launch_number = -1;
 const bool watch_global = getenv("LLMFAST_RACE_GLOBAL") != nullptr;
@@ -102,6 +103,7 @@ struct Install {
       clocks.assign(n, Clock(n, 0));
       for (int i = 0; i < n; ++i) clocks[i][i] = 1;
       shared_cells.clear();
+      objects.clear();
       ++block_number;
     };
     emu::hooks.sync = [](const int* threads, int n) {
@@ -112,6 +114,19 @@ struct Install {
         clocks[threads[i]] = latest;
         ++clocks[threads[i]][threads[i]];
       }
+    };
+    emu::hooks.release = [](const void* object) {
+      const int thread = emu::machine.current->linear;
+      Clock& clock = objects[object];
+      clock.resize(clocks.size());
+      for (size_t t = 0; t < clock.size(); ++t) clock[t] = std::max(clock[t], clocks[thread][t]);
+      ++clocks[thread][thread];
+    };
+    emu::hooks.acquire = [](const void* object) {
+      Clock& own = clocks[emu::machine.current->linear];
+      Clock& clock = objects[object];
+      clock.resize(clocks.size());
+      for (size_t t = 0; t < clock.size(); ++t) own[t] = std::max(own[t], clock[t]);
     };
     emu::hooks.access = [](const void* p, size_t bytes, bool write, const void* pc) {
       check(reinterpret_cast<uintptr_t>(p), bytes, write, pc);

@@ -47,6 +47,7 @@ def render(facts: dict[str, Any]) -> str:
                 *((device["device"], _device(device)) for device in facts["devices"]),
                 ("threads", f"{cpu['threads']}; {cpu['capability']}; allocator: {cpu['allocator']}"),
                 ("kernels", f"compiled ({built})" if library["loaded"] else f"none compiled: {library['why_not']}"),
+                *([("MLP on CUDA", facts["cuda_mlp"])] if facts["cuda_mlp"] else []),
                 ("backend", facts["backend"]),
             ]
         ),

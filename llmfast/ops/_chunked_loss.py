@@ -8,7 +8,8 @@ For a chunk of rows: logits = x W^T + b, softmax in place, then per row
 
 The gradients come in the forward pass, since dz is at hand there; the backward pass only multiplies them by the
 incoming scalar. The chunk loop is here in plain PyTorch (the row weights c go onto x and dx, which are narrow, instead
-of dz), and as one raw op in csrc/cpu/linear_cross_entropy.cpp and kernels/linear_cross_entropy.py. N rows, C width,
+of dz), around a kernel for GPUs (csrc/cuda/cross_entropy.cu), and as one raw op in csrc/cpu/linear_cross_entropy.cpp
+and kernels/linear_cross_entropy.py. N rows, C width,
 V vocabulary.
 """
 
@@ -26,6 +27,8 @@ from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with
 # Rows of a chunk on a CPU (measured: fewer stream the weight too often), and elements of a chunk elsewhere.
 CPU_ROWS = 512
 GPU_ELEMENTS = 1 << 26
+# In front of the namespace of the raw ops: the chunk loop is _cuda_chunks.
+CUDA = "cuda:"
 # A library may sum a result of so few elements in one long chain: it is made in pieces of so many terms instead.
 SMALL_RESULT, PIECE = 1 << 12, 128
 
@@ -56,7 +59,8 @@ def chunked(
 
     x (N, C), weight (V, C), bias (V,) or None; target (N,) int64, every one in [0, V); counts (N,): 1, or 0 for an
     ignored row (its row_weight must be 0 too), or NaN to poison it; row_weight (N,) float; dtype: of the products
-    (default: x's); kernel: namespace of the raw op that does it, else PyTorch. The gradients have the dtypes of what
+    (default: x's); kernel: namespace of the raw op that does it, after
+    ``CUDA`` of the raw op that does the softmax, else PyTorch. The gradients have the dtypes of what
     they belong to; sums over rows are kept in float32 or better. On a CPU, ignored rows cost nothing.
     """
     (N, C), V = x.shape, weight.shape[0]
@@ -66,6 +70,8 @@ def chunked(
             few = (x[kept], weight, bias, target[kept], counts[kept], row_weight[kept])
             return _spread(chunked(*few, label_smoothing, wants, dtype, kernel), kept, N)
     low, dtype = dtype or x.dtype, _loss_dtype(x)
+    if kernel.startswith(CUDA):
+        return _cuda_chunks(x, weight, bias, target, counts, row_weight, label_smoothing, wants, low, kernel)
     if kernel:
         products = low is torch.bfloat16 if kernel == "llmfast" else low
         done = getattr(torch.ops, kernel).linear_cross_entropy.default(
@@ -128,6 +134,47 @@ def chunked(
         dx,
         None if dweight is None else dweight.to(weight.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _cuda_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
+    label_smoothing: float, wants: tuple[bool, bool, bool], low: torch.dtype, kernel: str,
+) -> Chunked:  # fmt: skip
+    """As ``chunked``, with the softmax, its loss and its gradient in one kernel of csrc/cuda/cross_entropy.cu.
+
+    The rows of the buffer are padded to a multiple of 64 elements, so that those of any vocabulary are aligned. The row
+    weights c enter as c / max |c|, so that a mean over many rows does not underflow in float16.
+    """
+    (N, C), V = x.shape, weight.shape[0]
+    raw = getattr(torch.ops, kernel.removeprefix(CUDA))
+    xs, ws, bs = x.to(low), weight.to(low), None if bias is None else bias.to(low).contiguous()
+    rows = max(1, min(N, GPU_ELEMENTS // max(V, 1)))
+    buffer = torch.empty(rows, -(-V // 64) * 64, dtype=low, device=x.device)
+    losses = torch.empty(N, dtype=torch.float32, device=x.device)
+    dx = torch.empty(N, C, dtype=x.dtype, device=x.device) if wants[0] else None
+    dweight = torch.zeros(V, C, dtype=torch.float32, device=x.device) if wants[1] else None
+    dbias = torch.zeros(V, dtype=torch.float32, device=x.device) if wants[2] else None
+    largest = row_weight.float().abs().amax() if N else row_weight.new_zeros((), dtype=torch.float32)
+    factor = torch.where(largest == 0, 1.0, largest)
+    scale = row_weight.float() / factor if any(wants) else None
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        z = buffer[: part.stop - start, :V]
+        torch.mm(xs[part], ws.t(), out=z)
+        own = None if scale is None else scale[part]
+        losses[part] = raw.softmax_gradient_.default(z, bs, target[part], own, label_smoothing)
+        if dx is not None:
+            dx[part] = torch.mm(z, ws) * factor
+        if dweight is not None:
+            dweight += torch.mm(z.t(), xs[part])
+        if dbias is not None:
+            dbias += torch.sum(z, 0, dtype=torch.float32)
+    return Chunked(
+        losses * counts,
+        dx,
+        None if dweight is None else (dweight * factor).to(weight.dtype),
+        None if dbias is None or bias is None else (dbias * factor).to(bias.dtype),
     )
 
 
@@ -284,7 +331,7 @@ def _rows_backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
 chunked_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
 
 
-# ---- The native op ---------------------------------------------------------------------------------------------------
+# ---- The native ops --------------------------------------------------------------------------------------------------
 
 
 @_triton.on_load
@@ -299,3 +346,9 @@ def _register(namespace: str = "llmfast") -> None:
             weight.new_empty(weight.shape if want_dweight else 0),
             x.new_empty(0, dtype=torch.float32) if bias is None or not want_dbias else bias.new_empty(bias.shape),
         )
+
+    if namespace != _triton.NAMESPACE:
+
+        @torch.library.register_fake(f"{namespace}::softmax_gradient_")
+        def _(z: Tensor, *_: Any) -> Tensor:
+            return z.new_empty(z.shape[0], dtype=torch.float32)

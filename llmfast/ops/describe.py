@@ -39,6 +39,7 @@ def describe() -> dict[str, Any]:
         "decoder_layer": {
             name: decoder_layer.why_not_dtype(dtype) or "one call" for dtype, name in matmul.ROUTED.items()
         },
+        "cuda_mlp": str(_library.raw("mlp_products")()) if _library.build_config().get("cuda_archs") else None,
         "backend": str(current_setting()),
         "ops": {name: {str(device): _describe_op(op, device) for device in devices()} for name, op in OPS.items()},
     }

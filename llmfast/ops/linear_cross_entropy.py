@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmfast.config import suggest
 from llmfast.ops import _checks, _library, _triton
-from llmfast.ops._chunked_loss import ChunkedRows, ChunkedSum, chunked, chunked_rows, chunked_sum
+from llmfast.ops._chunked_loss import CUDA, ChunkedRows, ChunkedSum, chunked, chunked_rows, chunked_sum
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
 from llmfast.ops.matmul import products_go_elsewhere
@@ -108,8 +108,9 @@ def _in_chunks(
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-# csrc/cpu/linear_cross_entropy.cpp; kernels/linear_cross_entropy.py
+# csrc/cpu/linear_cross_entropy.cpp; csrc/cuda/cross_entropy.cu around cuBLAS; kernels/linear_cross_entropy.py
 _native = functools.partial(_in_chunks, kernel="llmfast")
+_cuda = functools.partial(_in_chunks, kernel=f"{CUDA}llmfast")
 _triton_kernel = functools.partial(_in_chunks, kernel=_triton.NAMESPACE)
 
 
@@ -209,6 +210,7 @@ _op = Op(
     inputs=_inputs,
     cost=_cost,
     implementations=[
+        Implementation("cuda", _cuda, "ours", ("cuda",), _triton.DTYPES, _library.unavailable, _triton.declines),
         Implementation(
             "cpp",
             _native,

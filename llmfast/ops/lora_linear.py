@@ -61,7 +61,7 @@ def _kernel(
         return raw.lora_linear_fwd.default(*inputs, *options)[0]
 
 
-# csrc/cpu/lora.cpp; kernels/lora_linear.py
+# csrc/cpu/lora.cpp and csrc/cuda/lora_linear.cpp; kernels/lora_linear.py
 _native = functools.partial(_kernel, torch.ops.llmfast)
 _triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
@@ -133,6 +133,12 @@ def _declines(
     return _library.transforms() or _checks.low_precision_only(x, weight, bias, lora_A, lora_B)
 
 
+def _cuda_declines(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *_: Any) -> list[str]:
+    if (_checks.autocast_dtype(x) or x.dtype) is torch.float32:
+        return ["takes float16/bfloat16, whose products the tensor cores make, not float32"]
+    return _triton.declines(x, weight, lora_A)
+
+
 TRITON_MAX_RANK = 128  # MAX_RANK of kernels/lora_linear.py
 
 
@@ -194,6 +200,7 @@ _op = Op(
     inputs=_inputs,
     cost=_cost,
     implementations=[
+        Implementation("cuda", _native, "ours", ("cuda",), _triton.DTYPES, _library.unavailable, _cuda_declines),
         Implementation(
             "cpp",
             _native,
@@ -226,7 +233,7 @@ def lora_linear(
 
     x: (..., in); weight: (out, in); bias: (out,) or None; lora_A: (r, in); lora_B: (out, r); one dtype (under autocast:
     any). scaling: alpha / r. dropout_p in [0, 1): dropout on x in front of lora_A, from the default torch generator.
-    Returns (..., out). The kernel of backend "cpp" is differentiable once.
+    Returns (..., out). The kernels of backends "cpp" and "cuda" are differentiable once.
     Raises ``ValueError``/``TypeError`` for arguments that do not fit.
     """
     _checks.floating("lora_linear", "x", x)

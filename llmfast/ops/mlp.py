@@ -128,7 +128,7 @@ def _kernel(
         return raw.mlp_fwd.default(*inputs, activation, dtype, keep)[0]
 
 
-# csrc/cpu/mlp.cpp; kernels/mlp.py
+# csrc/cpu/mlp.cpp and csrc/cuda/mlp.cpp; kernels/mlp.py
 _native = functools.partial(_kernel, torch.ops.llmfast)
 _triton_kernel = functools.partial(_kernel, torch.ops.llmfast_triton)
 
@@ -246,6 +246,7 @@ _op = Op(
     inputs=_inputs,
     cost=_cost,
     implementations=[
+        Implementation("cuda", _native, "ours", ("cuda",), _triton.DTYPES, _library.unavailable, _triton.declines),
         Implementation(
             "cpp",
             _native,
@@ -276,8 +277,8 @@ def mlp(
     """Linear, activation, linear.
 
     x: (..., C); fc_weight: (M, C); fc_bias: (M,) or None; proj_weight: (C_out, M); proj_bias: (C_out,) or None; one
-    dtype (under autocast: any). activation: "gelu_tanh", "gelu" or "relu". Returns (..., C_out). The kernel of backend
-    "cpp", and with oneDNN "gelu" and "relu" of backend "torch", are differentiable once.
+    dtype (under autocast: any). activation: "gelu_tanh", "gelu" or "relu". Returns (..., C_out). The kernels of
+    backends "cpp" and "cuda", and with oneDNN "gelu" and "relu" of backend "torch", are differentiable once.
     Raises ``ValueError``/``TypeError`` for arguments that do not fit.
     """
     _checks.floating("mlp", "x", x)

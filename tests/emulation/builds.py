@@ -72,6 +72,21 @@ def cached_test(build: str, sources: list[Path]) -> Path:
     return _cached(f"{sources[0].stem}-{build}", digest, "", lambda out: compile_test(build, sources, out))
 
 
+# Drivers NAME.cpp, and the kernels in csrc/cuda/ that each calls.
+DRIVERS = {
+    "layer_norm": ["layer_norm"],
+    "attention": ["attention_forward", "attention_backward"],
+    "cross_entropy": ["cross_entropy"],
+    "activation": ["activation"],
+    "gemm": ["gemm", "gemm_sm90"],
+}
+
+
+def driver(build: str, name: str) -> Path:
+    """The program that sets kernels against float64."""
+    return cached_test(build, [HERE / f"{name}.cpp", *(CSRC / f"cuda/{kernel}.cu" for kernel in DRIVERS[name])])
+
+
 def cached_library() -> Path:
     """The CUDA ops as a library for torch, on CPU tensors: csrc/cuda/*.cpp with the emulated kernels (release)."""
     digest = hashlib.sha256((FLAGS + torch.__version__).encode())

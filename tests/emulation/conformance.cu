@@ -3,6 +3,7 @@
 #include "cuda/mma.h"
 
 #include "conformance.h"
+#include "conformance_sm90.h"
 
 namespace {
 
@@ -177,7 +178,7 @@ void test_copies() {
 }  // namespace
 
 int main() {
-  return run_all({
+  const int failed = run_all({
       {"ldmatrix x1", test_ldmatrix<1, false>},
       {"ldmatrix x2", test_ldmatrix<2, false>},
       {"ldmatrix x4", test_ldmatrix<4, false>},
@@ -191,4 +192,5 @@ int main() {
       {"cp.async 16", test_copies<false>},
       {"cp.async 4", test_copies<true>},
   });
+  return run_sm90() || failed;
 }

@@ -13,13 +13,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from builds import CSRC, HERE, cached_test, run
+from builds import DRIVERS, driver, run
 
-# driver -> the sources whose kernels it calls
-DRIVERS = {
-    "layer_norm": ["layer_norm.cu"],
-    "attention": ["attention_forward.cu", "attention_backward.cu"],
-}
 LANES = [("release", 1, {}), ("sanitized", 1, {}), ("race", 1, {}), ("race", 10, {"LLMFAST_RACE_GLOBAL": "1"})]
 
 
@@ -30,9 +25,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     failed = 0
-    for driver in options.drivers:
+    for name in options.drivers:
         for build, share, environment in LANES:
-            program = cached_test(build, [HERE / f"{driver}.cpp", *(CSRC / "cuda" / name for name in DRIVERS[driver])])
+            program = driver(build, name)
             began, left = time.monotonic(), -(-options.cases // share)
             done = None
             for first in range(0, left, 20):  # in portions, so that no run is long
@@ -41,7 +36,7 @@ def main() -> int:
                     break
             failed += done.returncode != 0
             said = (done.stdout + done.stderr).strip() if done.returncode else "ok"
-            what = f"{driver} {build}{' with global memory' if environment else ''}"
+            what = f"{name} {build}{' with global memory' if environment else ''}"
             print(f"{what}: {left} cases, seed {options.seed}, {time.monotonic() - began:.0f} s: {said}", flush=True)
     return 1 if failed else 0
 

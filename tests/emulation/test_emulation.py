@@ -4,7 +4,8 @@ release: equal to float64 references, and bit for bit equal under different thre
 sanitized: no access outside an array, no undefined behaviour;
 race: no two threads touch a cell without a barrier between them, no read of uninitialised shared memory.
 
-LLMFAST_EMULATION_CASES sets the number of random cases (release; the slower builds run a share of it).
+LLMFAST_EMULATION_CASES sets the number of random cases (release; the slower builds run a share of it); `make
+fuzz FUZZ=emulation` runs 200 in every build.
 """
 
 from __future__ import annotations
@@ -14,52 +15,30 @@ import shutil
 import subprocess
 
 import pytest
-from builds import CSRC, HERE, cached_test, compile_test, run
+from builds import CSRC, DRIVERS, HERE, cached_test, compile_test, driver, run
 
 CASES = int(os.environ.get("LLMFAST_EMULATION_CASES", "120"))
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
 
 
-@pytest.mark.parametrize(
-    ("build", "cases", "environment"),
-    [
-        ("release", CASES, {}),
-        ("sanitized", CASES // 4, {}),
-        ("race", CASES // 15, {}),
-        ("race", CASES // 40, {"LLMFAST_RACE_GLOBAL": "1"}),
-    ],
-)
-def test_layer_norm_equals_float64_under_every_schedule(build, cases, environment):
-    program = cached_test(build, [HERE / "layer_norm.cpp", CSRC / "cuda/layer_norm.cu"])
-    done = run(program, cases, 1, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_layer_norm_reaches_offsets_beyond_32_bits():
-    done = run(cached_test("release", [HERE / "layer_norm.cpp", CSRC / "cuda/layer_norm.cu"]), "huge")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-ATTENTION = [HERE / "attention.cpp", CSRC / "cuda/attention_forward.cu", CSRC / "cuda/attention_backward.cu"]
+SLOW = {"attention": 5}  # a share of the cases
 
 
 @pytest.mark.parametrize(
-    ("build", "cases", "environment"),
-    [
-        ("release", CASES // 5, {}),
-        ("sanitized", CASES // 20, {}),
-        ("race", CASES // 40, {}),
-        ("race", CASES // 120, {"LLMFAST_RACE_GLOBAL": "1"}),
-    ],
+    ("build", "share", "environment"),
+    [("release", 1, {}), ("sanitized", 4, {}), ("race", 15, {}), ("race", 40, {"LLMFAST_RACE_GLOBAL": "1"})],
 )
-def test_attention_equals_float64_under_every_schedule(build, cases, environment):
-    done = run(cached_test(build, ATTENTION), cases, 1, **environment)
+@pytest.mark.parametrize("name", DRIVERS)
+def test_a_kernel_equals_float64_under_every_schedule(name, build, share, environment):
+    cases = max(1, CASES // share // SLOW.get(name, 1))
+    done = run(driver(build, name), cases, 1, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_attention_reaches_offsets_beyond_32_bits():
-    done = run(cached_test("release", ATTENTION), "huge")
+@pytest.mark.parametrize("name", DRIVERS)
+def test_a_kernel_reaches_offsets_beyond_32_bits(name):
+    done = run(driver("release", name), "huge")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -70,8 +49,9 @@ def test_every_wrapper_of_ptx_does_what_it_says(build):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
-def test_the_conformance_test_compiles_for_a_gpu(tmp_path):
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-Werror=all-warnings", f"-I{CSRC}", HERE / "conformance.cu"]
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_conformance_test_compiles_for_a_gpu(arch, tmp_path):
+    command = ["nvcc", "-std=c++17", f"-arch={arch}", "-Werror=all-warnings", f"-I{CSRC}", HERE / "conformance.cu"]
     done = subprocess.run([*command, "-o", tmp_path / "conformance"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
