@@ -24,9 +24,9 @@ from torch import Tensor
 from llmfast.ops import _checks, _library, _triton
 from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with_onednn
 
-# Rows of a chunk on a CPU (measured: fewer stream the weight too often), and elements of a chunk elsewhere.
-CPU_ROWS = 512
-GPU_ELEMENTS = 1 << 26
+# Rows of a chunk at least (measured on a CPU: fewer stream the weight too often), and elements where there may be more.
+ROWS = 512
+CPU_ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 26
 # In front of the namespace of the raw ops: the chunk loop is _cuda_chunks.
 CUDA = "cuda:"
 # A library may sum a result of so few elements in one long chain: it is made in pieces of so many terms instead.
@@ -81,8 +81,8 @@ def chunked(
         return Chunked(done[0] * counts, *gradients)
     xs, ws = x.to(low), weight.to(low)
     bs = None if bias is None else bias.to(low)
-    onednn = uses_onednn(xs[:CPU_ROWS], ws)
-    rows = CPU_ROWS if x.is_cpu else max(CPU_ROWS, GPU_ELEMENTS // max(V, 1))
+    onednn = uses_onednn(xs[:ROWS], ws)
+    rows = max(ROWS, (CPU_ELEMENTS if x.is_cpu else GPU_ELEMENTS) // max(V, 1))
     exact = low is dtype  # float32 or float64: the products accumulate into the gradients themselves
 
     losses = torch.zeros(N, dtype=dtype, device=x.device)
