@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> causal_attention_fwd(const Tensor& q, const Tensor& k
   Written out(q, q.size(2));
   Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   if (in.empty) return {out.zeros(), torch::stable::fill_(lse, INFINITY)};
-  LLMFAST_CUDA_CHECK(attention_forward({in.attention, out.heads(), floats(lse)}, device.stream()));
+  LLMFAST_CUDA_CHECK(attention_forward({in.attention, out.heads(), floats(lse)}, device.capability(), device.stream()));
   return {out.done(), lse};
 }
 

@@ -41,7 +41,10 @@ struct AttentionBackward : Attention {
   MutableHeads dq, dk, dv;
 };
 
-cudaError_t attention_forward(const AttentionForward& a, cudaStream_t stream);
+// capability: 10 major + minor of the GPU.
+cudaError_t attention_forward(const AttentionForward& a, int capability, cudaStream_t stream);
+// The kernel of Hopper, where the arguments let it: *taken says whether.
+cudaError_t attention_forward_sm90(const AttentionForward& a, cudaStream_t stream, bool* taken);
 cudaError_t attention_backward(const AttentionBackward& a, cudaStream_t stream);
 
 }  // namespace llmfast::cuda

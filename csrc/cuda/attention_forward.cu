@@ -20,36 +20,6 @@ struct Forward {
   static_assert(kBytes <= kMaxSharedBytes);
 };
 
-// One tile of keys: scores become weights, the sums so far shrink to the new maximum. scale is in base 2 and positive.
-template <int kKeys8, int D8>
-__device__ inline void softmax_step(float (&s)[kKeys8][4], float (&sum)[D8][4], float (&top)[2], float (&total)[2],
-                                    float scale) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float most = top[h];
-#pragma unroll
-    for (int n = 0; n < kKeys8; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-    const float base = most == -INFINITY ? 0.f : most * scale;
-    const float shrink = fast_exp2(top[h] * scale - base);
-    top[h] = most;
-    total[h] *= shrink;
-#pragma unroll
-    for (int n = 0; n < D8; ++n) {
-      sum[n][2 * h] *= shrink;
-      sum[n][2 * h + 1] *= shrink;
-    }
-#pragma unroll
-    for (int n = 0; n < kKeys8; ++n)
-#pragma unroll
-      for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        s[n][e] = fast_exp2(s[n][e] * scale - base);
-        total[h] += s[n][e];
-      }
-  }
-}
-
 template <typename T, int D, bool kDropout>
 __global__ void __launch_bounds__(Forward<T, D, kDropout>::kThreads) forward_kernel(const AttentionForward a, int blocks) {
   using Shape = Forward<T, D, kDropout>;
@@ -61,7 +31,7 @@ __global__ void __launch_bounds__(Forward<T, D, kDropout>::kThreads) forward_ker
 
   const int which = blockIdx.x / blocks, batch = which / a.H, head = which % a.H;
   const int query0 = (blocks - 1 - int(blockIdx.x % blocks)) * Shape::kQueries;  // those that see most keys first
-  const int lane = lane_of_warp(), g = lane / 4, t = lane % 4, warp_row = int(threadIdx.x / 32) * kTiles * 16;
+  const int warp_row = int(threadIdx.x / 32) * kTiles * 16;
   const Mask mask(a, batch);
   const T *q = head_of<T>(a.q, batch, head), *k = head_of<T>(a.k, batch, head), *v = head_of<T>(a.v, batch, head);
   const int tiles = (mask.end_of_keys(query0 + Shape::kQueries) + kKeys - 1) / kKeys;
@@ -105,52 +75,38 @@ __global__ void __launch_bounds__(Forward<T, D, kDropout>::kThreads) forward_ker
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       const int query = query0 + warp_row + m * 16;
-      if (!mask.sees_all(query, key0 + kKeys))
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (!mask.sees(query + g + e / 2 * 8, key0 + n * 8 + t * 2 + e % 2)) s[m][n][e] = -INFINITY;
-      softmax_step(s[m], sum[m], top[m], total[m], scale);
-      if constexpr (kDropout) {
-        const uint64_t seed = uint64_t(*a.dropout.seed);
-        const int64_t row = (int64_t(which) << 32) + query;
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          const unsigned stays = kept_of_queries(seed, a.dropout.drop, row, key0 + n * 8);
-#pragma unroll
-          for (int e = 0; e < 4; ++e)
-            if (!(stays >> e & 1)) s[m][n][e] = 0.f;
-        }
-      }
+      mask_scores<kKeys>(s[m], mask, query, key0);
+      float shrink[2];
+      softmax_step(s[m], top[m], total[m], shrink, scale);
+      scale_rows(sum[m], shrink);
+      if constexpr (kDropout) drop_weights<kKeys>(s[m], a.dropout, (int64_t(which) << 32) + query, key0);
     }
     add_product<D, kTiles, kKeys>(sum, s, v_tiles + at);
     __syncthreads();  // before the next tile but one is written over this one
   }
-  cp_async_wait<0>();  // of a block that sees no key: q
+  cp_async_wait<0>();
+  if (!tiles) __syncthreads();  // nobody's copy of q may land on what store_rows puts there
 
   T* out = head_of<T>(a.out, batch, head);
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
     const int query = query0 + warp_row + m * 16;
     float factor[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float all = total[m][h];
-      all += __shfl_xor_sync(~0u, all, 1);
-      all += __shfl_xor_sync(~0u, all, 2);
-      factor[h] = all == 0.f ? 0.f : a.dropout.scale / all;
-      const int row = query + g + 8 * h;
-      if (t == 0 && row < a.Tq)
-        a.lse[int64_t(which) * a.Tq + row] = all == 0.f ? INFINITY : top[m][h] * size + logf(all);
-    }
+    finish_rows(top[m], total[m], size, a.dropout.scale, a.lse + int64_t(which) * a.Tq, query, a.Tq, factor);
     store_rows<D>(sum[m], factor, q_tile + (warp_row + m * 16) * D, out, a.out.row, query, a.Tq, a.D);
   }
 }
 
 }  // namespace
 
-cudaError_t attention_forward(const AttentionForward& a, cudaStream_t stream) {
+cudaError_t attention_forward(const AttentionForward& a, [[maybe_unused]] int capability, cudaStream_t stream) {
+#if defined(LLMFAST_SM90A) || defined(LLMFAST_EMULATE)
+  if (capability == 90) {
+    bool taken = false;
+    const cudaError_t error = attention_forward_sm90(a, stream, &taken);
+    if (taken) return error;
+  }
+#endif
   return dispatch(a, [&](auto type, auto size, auto dropout) {
     using T = decltype(type);
     constexpr int D = decltype(size)::value;

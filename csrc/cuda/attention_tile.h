@@ -272,6 +272,80 @@ __device__ inline unsigned kept_of_keys(uint64_t seed, uint32_t drop, int64_t ro
   return (bits & 1) | (bits >> 4 & 1) << 1 | (bits >> 8 & 1) << 2 | (bits >> 12 & 1) << 3;
 }
 
+// ---- the softmax of a warp's 16 queries, fragments (kKeys / 8, 4) ------------------------------------------------------
+
+template <int kKeys>
+__device__ inline void mask_scores(float (&s)[kKeys / 8][4], const Mask& mask, int query, int key0) {
+  if (mask.sees_all(query, key0 + kKeys)) return;
+  const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (!mask.sees(query + g + e / 2 * 8, key0 + n * 8 + t * 2 + e % 2)) s[n][e] = -INFINITY;
+}
+
+// One tile of keys: scores become weights. What was summed before is to be multiplied with `shrink`. scale is in base 2 and
+// positive.
+template <int kKeys8>
+__device__ inline void softmax_step(float (&s)[kKeys8][4], float (&top)[2], float (&total)[2], float (&shrink)[2],
+                                    float scale) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float most = top[h];
+#pragma unroll
+    for (int n = 0; n < kKeys8; ++n) most = fmaxf(most, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+    const float base = most == -INFINITY ? 0.f : most * scale;
+    shrink[h] = fast_exp2(top[h] * scale - base);
+    top[h] = most;
+    total[h] *= shrink[h];
+#pragma unroll
+    for (int n = 0; n < kKeys8; ++n)
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        s[n][e] = fast_exp2(s[n][e] * scale - base);
+        total[h] += s[n][e];
+      }
+  }
+}
+
+template <int D8>
+__device__ inline void scale_rows(float (&sum)[D8][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < D8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[n][e] *= factor[e / 2];
+}
+
+template <int kKeys>
+__device__ inline void drop_weights(float (&p)[kKeys / 8][4], const Dropout& dropout, int64_t row, int key0) {
+  const uint64_t seed = uint64_t(*dropout.seed);
+#pragma unroll
+  for (int n = 0; n < kKeys / 8; ++n) {
+    const unsigned stays = kept_of_queries(seed, dropout.drop, row, key0 + n * 8);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (!(stays >> e & 1)) p[n][e] = 0.f;
+  }
+}
+
+// What the values that a warp's queries have summed are to be multiplied with; writes their lse.
+__device__ inline void finish_rows(const float (&top)[2], const float (&total)[2], float size, float gain, float* lse,
+                                   int query, int Tq, float (&factor)[2]) {
+  const int lane = lane_of_warp();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float all = total[h];
+    all += __shfl_xor_sync(~0u, all, 1);
+    all += __shfl_xor_sync(~0u, all, 2);
+    factor[h] = all == 0.f ? 0.f : gain / all;
+    const int row = query + lane / 4 + 8 * h;
+    if (lane % 4 == 0 && row < Tq) lse[row] = all == 0.f ? INFINITY : top[h] * size + logf(all);
+  }
+}
+
 // ---- launches --------------------------------------------------------------------------------------------------------
 
 template <typename T, typename H>

@@ -46,14 +46,19 @@ namespace llmfast::cuda {
 
 using TensorMap = CUtensorMap;
 
+// The driver's function that makes them; null on a machine without it.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encode = [] {
+    void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // not linked: absent on machines without a GPU
+    return driver ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(dlsym(driver, "cuTensorMapEncodeTiled")) : nullptr;
+  }();
+  return encode;
+}
+
 // The (rows, columns) matrix of 16-bit elements at p, rows `stride` elements apart, to be copied in boxes of box_rows times
 // 64; what lies outside of it reads as zeros. p and the stride are multiples of 16 bytes. False where the driver refuses.
 inline bool make_tensor_map(TensorMap* map, const void* p, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);  // not linked: absent on machines without a GPU
-    return driver ? reinterpret_cast<Encode>(dlsym(driver, "cuTensorMapEncodeTiled")) : nullptr;
-  }();
+  const auto encode = tensor_map_encoder();
   if (!encode) return false;
   const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
   const cuuint32_t box[2] = {kTileRow, cuuint32_t(box_rows)}, steps[2] = {1, 1};

@@ -73,16 +73,14 @@ LLMFAST_MEETS inline void named_barrier(int id, int threads, LLMFAST_HERE) { emu
 // Where the byte `offset` of a tile at a multiple of 1024 really lies.
 inline uint32_t swizzled(uint32_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
-LLMFAST_MEETS inline void tma_load(void* tile, const TensorMap* map, int row, int column, uint64_t* barrier, LLMFAST_HERE) {
-  emu::Quiet quiet;
-  const emu::Site site = LLMFAST_SITE;
+inline void tma_load_from(const TensorMap& map, void* tile, int row, int column, uint64_t* barrier, const emu::Site& site) {
   const uint32_t to = shared_address(tile);
-  const size_t bytes = size_t(map->box_rows) * kTileRow * 2;
+  const size_t bytes = size_t(map.box_rows) * kTileRow * 2;
   if (to % 1024) emu::fail("tma_load " + site.str() + ": the tile does not begin at a multiple of 1024 bytes");
   if (to + bytes > emu::machine.dynamic_bytes) emu::fail("tma_load " + site.str() + ": the box is larger than shared memory");
   emu::note(tile, bytes, true, site);
   if (emu::hooks.release) emu::hooks.release(barrier);  // who waits for the bytes sees them
-  const auto land = [=, map = *map] {
+  const auto land = [=] {
     for (int r = 0; r < map.box_rows; ++r)
       for (int c = 0; c < kTileRow; ++c) {
         uint16_t v = 0;
@@ -98,6 +96,11 @@ LLMFAST_MEETS inline void tma_load(void* tile, const TensorMap* map, int row, in
     emu::machine.landings.push_back(land);
   else
     land();
+}
+
+LLMFAST_MEETS inline void tma_load(void* tile, const TensorMap* map, int row, int column, uint64_t* barrier, LLMFAST_HERE) {
+  emu::Quiet quiet;
+  tma_load_from(*map, tile, row, column, barrier, LLMFAST_SITE);
 }
 
 template <int kRegisters>

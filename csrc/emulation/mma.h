@@ -84,19 +84,21 @@ inline __attribute__((always_inline)) float float_of_bits(uint32_t bits) {
 }
 
 template <typename T>
+void mma_of_type(void** lanes) {
+  mma_of_warp<16>(lanes, [](uint32_t r, int half) __attribute__((always_inline)) {
+    const uint16_t bits = uint16_t(r >> 16 * half);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return float_of_bits(uint32_t(bits) << 16);
+    _Float16 h;
+    memcpy(&h, &bits, 2);
+    return float(h);
+  });
+}
+
+template <typename T>
 LLMFAST_MEETS void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], LLMFAST_HERE) {
   emu::Quiet quiet;
   MmaLane mine{d, a, b};
-  const auto op = [](void** lanes, unsigned) {
-    mma_of_warp<16>(lanes, [](uint32_t r, int half) __attribute__((always_inline)) {
-      const uint16_t bits = uint16_t(r >> 16 * half);
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) return float_of_bits(uint32_t(bits) << 16);
-      _Float16 h;
-      memcpy(&h, &bits, 2);
-      return float(h);
-    });
-  };
-  emu::warp_collective("mma", ~0u, &mine, op, LLMFAST_SITE, false);
+  emu::warp_collective("mma", ~0u, &mine, [](void** lanes, unsigned) { mma_of_type<T>(lanes); }, LLMFAST_SITE, false);
 }
 
 inline uint32_t to_tf32(float x) {

@@ -44,6 +44,7 @@ void test(DType dtype) {
     for (int b = 0; b < B; ++b)
       for (int j = 0, doc = 0; j < Tk; ++j) doc_ids.push_back((doc += !pick(0, 20)) + (int64_t(1) << 40));
   const int layout = pick(0, 2);
+  const int capability = pick(0, 1) ? 80 : 90;
   Array q(dtype, B, H, Tq, D, layout, 1), k(dtype, B, H, Tk, D, layout, 1), v(dtype, B, H, Tk, D, layout, 1),
       dout(dtype, B, H, Tq, D, pick(0, 1), 1);
   // What lies beyond a row's length is never read as a number.
@@ -62,7 +63,9 @@ void test(DType dtype) {
     const auto empty = [&](int T) { return Array(dtype, B, H, T, D, 1, 0); };
     const size_t rows = size_t(B) * H * Tq;
     Result r{empty(Tq), empty(Tq), empty(Tk), empty(Tk), Buffer(DType::f32, rows), Buffer(DType::f32, rows)};
-    attention_forward({a, r.out.heads<MutableHeads>(), r.lse.floats()}, nullptr);
+    attention_forward({a, r.out.heads<MutableHeads>(), r.lse.floats()}, capability, nullptr);
+    const bool hopper = emu::machine.kernel.find("sm90") != std::string::npos;
+    if (hopper != (capability == 90 && dtype != DType::f32 && kv_lens.empty())) throw Mismatch("WRONG choice of a kernel");
     attention_backward({a, r.out.heads<Heads>(), dout.heads<Heads>(), r.lse.floats(), r.delta.floats(),
                         r.dq.heads<MutableHeads>(), r.dk.heads<MutableHeads>(), r.dv.heads<MutableHeads>()},
                        nullptr);
@@ -142,7 +145,7 @@ void test(DType dtype) {
 }
 
 // The last head alone runs, once in arrays whose offsets lie beyond 2^31 elements and once in compact ones.
-void compare_huge(int B, int T, int64_t row, int64_t batch) {
+void compare_huge(int capability, int B, int T, int64_t row, int64_t batch) {
   constexpr int D = 64;
   const int64_t end = (B - 1) * batch + T * row;
   const auto run = [&](bool huge, std::vector<uint16_t>& out, std::vector<uint16_t>& gradients) {
@@ -161,7 +164,7 @@ void compare_huge(int B, int T, int64_t row, int64_t batch) {
     const auto write = [&](void* p) { return MutableHeads{p, to_batch, 0, step}; };
     const Attention a{DType::bf16, heads, 1, T, T, D, 0.125f, {}, nullptr, nullptr, read(q), read(k), read(v)};
     emu::config.only_block = heads - 1;
-    attention_forward({a, write(o), lse}, nullptr);
+    attention_forward({a, write(o), lse}, capability, nullptr);
     attention_backward({a, read(o), read(dout), lse, delta, write(dq), write(dk), write(dv)}, nullptr);
     for (int t = 0; t < T; ++t)
       for (int d = 0; d < D; ++d) {
@@ -182,8 +185,10 @@ void compare_huge(int B, int T, int64_t row, int64_t batch) {
 }
 
 void test_huge() {
-  compare_huge(1, 100, int64_t(1) << 25, 0);                 // rows
-  compare_huge((1 << 24) - 1, 128, 64, 128 * 64);            // heads, and rows of lse and delta
+  for (int capability : {80, 90}) {
+    compare_huge(capability, 1, 100, int64_t(1) << 25, 0);       // rows
+    compare_huge(capability, (1 << 24) - 1, 128, 64, 128 * 64);  // heads, and rows of lse and delta
+  }
 }
 
 }  // namespace

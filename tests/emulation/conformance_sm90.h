@@ -1,7 +1,7 @@
 #pragma once
-// The wrappers of csrc/cuda/hopper.h, for conformance.cu. They run in the emulator and on compute capability 9.0.
+// The wrappers of csrc/cuda/hopper.h and hopper_attention.h, for conformance.cu. They run in the emulator and on compute capability 9.0.
 #include "conformance.h"
-#include "cuda/hopper.h"
+#include "cuda/hopper_attention.h"
 
 namespace conformance {
 
@@ -154,6 +154,98 @@ void test_wgmma() {
   require_same("element", out.host(), want);
 }
 
+// Boxes of one head of a (B, H, T, D) array whose rows lie among those of the other heads.
+__global__ void run_tma_head(const __grid_constant__ HeadsMap map, int batch, int head, int row, int column, int bytes,
+                             uint16_t* out) {
+#if LLMFAST_SM90_CODE
+  LLMFAST_DYN_SHARED(unsigned char, tile, 1024);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(tile + bytes);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+    barrier_arrive_expect(barrier, bytes);
+    tma_load_head(tile, &map, batch, head, row, column, barrier);
+  }
+  __syncthreads();
+  barrier_wait(barrier, 0);
+  for (int i = threadIdx.x; i < bytes / 2; i += blockDim.x) out[i] = reinterpret_cast<uint16_t*>(tile)[i];
+#endif
+}
+
+inline void test_tma_head() {
+  const int B = 2, H = 3, T = 37, D = 72, box_rows = 16;
+  std::vector<uint16_t> host(B * T * H * D);
+  for (auto& v : host) v = uint16_t(integer(1, 0xFFFF));
+  Device<uint16_t> in(host), out(box_rows * kTileRow);
+  HeadsMap map;
+  require(make_heads_map(&map, {in.data(), T * H * D, D, H * D}, B, H, T, D, box_rows), "no tensor map");
+  const int places[][4] = {{0, 0, 0, 0}, {1, 2, 16, 64}, {1, 0, 32, 0}, {0, 1, 48, 64}};
+  for (const auto& [batch, head, row, column] : places) {
+    const int bytes = box_rows * kTileRow * 2;
+    LLMFAST_LAUNCH(run_tma_head, 1, 64, bytes + 8, nullptr, map, batch, head, row, column, bytes, out.data());
+    std::vector<uint16_t> want(box_rows * kTileRow);
+    for (int r = 0; r < box_rows; ++r)
+      for (int c = 0; c < kTileRow; ++c)
+        if (row + r < T && column + c < D)
+          want[r * kTileRow + ((c / 8) ^ (r % 8)) * 8 + c % 8] = host[((batch * T + row + r) * H + head) * D + column + c];
+    require_same("element", out.host(), want);
+  }
+}
+
+// d (64, N) = 1 + a (64, 32) b (32, N), a in registers.
+template <typename T, int N>
+__global__ void run_wgmma_from_registers(const float* a, const __grid_constant__ TensorMap b_map, float* out) {
+#if LLMFAST_SM90_CODE
+  constexpr int kBytes = 32 * 128;  // of 64 columns of b
+  LLMFAST_DYN_SHARED(unsigned char, shared, 1024);
+  uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + N / 64 * kBytes);
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+    barrier_arrive_expect(barrier, N / 64 * kBytes);
+    for (int n = 0; n < N; n += 64) tma_load(shared + n / 64 * kBytes, &b_map, 0, n, barrier);
+  }
+  __syncthreads();
+  barrier_wait(barrier, 0);
+  const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float d[N / 2];
+  uint32_t fragment[2][4];
+  for (int i = 0; i < N / 2; ++i) d[i] = 1.f;
+  for (int step = 0; step < 2; ++step)
+    for (int r = 0; r < 4; ++r) {
+      const float* at = a + (row + 8 * (r & 1)) * 32 + step * 16 + 8 * (r >> 1) + 2 * t;
+      fragment[step][r] = pack2<T>(at[0], at[1]);
+    }
+  uint64_t b = descriptor_across_k(shared_address(shared), kBytes);
+  wgmma_fence();
+  for (int step = 0; step < 2; ++step) {
+    wgmma_from_registers<T, N>(d, fragment[step], b);
+    b = step_across_k(b);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < N / 2; ++i) out[(row + 8 * (i >> 1 & 1)) * N + i / 4 * 8 + 2 * t + (i & 1)] = d[i];
+#endif
+}
+
+template <typename T, int N>
+void test_wgmma_from_registers() {
+  std::vector<float> a(64 * 32);
+  std::vector<T> b(32 * N);
+  for (auto& v : a) v = float(integer(-8, 8));
+  for (auto& v : b) v = T(float(integer(-8, 8)));
+  Device<float> a_there(a), out(64 * N);
+  Device<T> b_there(b);
+  TensorMap b_map;
+  require(make_tensor_map(&b_map, b_there.data(), 32, N, N, 32), "no tensor map");
+  LLMFAST_LAUNCH((run_wgmma_from_registers<T, N>), 1, 128, N * 64 + 8, nullptr, a_there.data(), b_map, out.data());
+  std::vector<float> want(64 * N, 1.f);
+  for (int m = 0; m < 64; ++m)
+    for (int n = 0; n < N; ++n)
+      for (int k = 0; k < 32; ++k) want[m * N + n] += a[m * 32 + k] * float(b[k * N + n]);
+  require_same("element", out.host(), want);
+}
+
 #ifdef LLMFAST_EMULATE
 inline bool has_sm90() { return true; }
 #else
@@ -181,6 +273,11 @@ inline int run_sm90() {
       {"wgmma bf16 N64 across", test_wgmma<__nv_bfloat16, 64, true>},
       {"wgmma f16 N128 across", test_wgmma<__half, 128, true>},
       {"wgmma bf16 N128 across", test_wgmma<__nv_bfloat16, 128, true>},
+      {"copy out of a head", test_tma_head},
+      {"wgmma f16 N64 from registers", test_wgmma_from_registers<__half, 64>},
+      {"wgmma bf16 N64 from registers", test_wgmma_from_registers<__nv_bfloat16, 64>},
+      {"wgmma f16 N128 from registers", test_wgmma_from_registers<__half, 128>},
+      {"wgmma bf16 N128 from registers", test_wgmma_from_registers<__nv_bfloat16, 128>},
   });
 }
 

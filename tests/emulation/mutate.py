@@ -72,11 +72,12 @@ class Target:
     cases: int = 14
 
 
-ATTENTION = Target("attention.cpp", ("attention_forward.cu", "attention_backward.cu"))
+ATTENTION = Target("attention.cpp", ("attention_forward.cu", "attention_sm90.cu", "attention_backward.cu"))
 TARGETS = {
     "layer_norm.cu": Target("layer_norm.cpp", ("layer_norm.cu",), cases=40),
     "attention_tile.h": ATTENTION,
     "attention_forward.cu": ATTENTION,
+    "attention_sm90.cu": ATTENTION,
     "attention_backward.cu": ATTENTION,
 }
 
