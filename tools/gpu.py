@@ -342,7 +342,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     prepare()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stage which runs ends as well
-    return run(options, stages, ROOT / "gpu-results", find_gpu())
+    try:
+        return run(options, stages, ROOT / "gpu-results", find_gpu())
+    except KeyboardInterrupt:
+        print("stopped; the stages that ended keep their results", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

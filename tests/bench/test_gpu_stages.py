@@ -114,7 +114,7 @@ sys.exit(gpu.main([]))
     pid = tmp_path / "pid"
     until(lambda: pid.exists() and pid.read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) != 0
+    assert process.wait(20) == 130
     until(lambda: not Path(f"/proc/{pid.read_text()}").exists())
 
 

@@ -171,8 +171,9 @@ def test_the_same_provider_twice_is_even_within_the_printed_spread():
     again = [r for r in results["ops"] if r["provider"] == "again"]
     assert len(again) == 3
     for record in again:
-        _, low, high = record["ratio_to_eager"]
+        median, low, high = record["ratio_to_eager"]
         assert low <= 1.0 <= high
+        assert 0.6 < median < 1.6  # on a busy machine almost any spread holds 1
 
 
 def test_a_slower_provider_is_not_even():
