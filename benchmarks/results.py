@@ -49,6 +49,7 @@ def _source(found: dict[str, Any]) -> str:
         found.get("device", ""),
         f"torch {torch}",
         f"commit {found.get('commit')}",
+        f"other programs used {found['others']:.0%} of the machine" if "others" in found else "",
     ]
     return "; ".join(word for word in [*words, found.get("date", "")[:10]] if word)
 

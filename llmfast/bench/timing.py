@@ -7,12 +7,14 @@ element of the inputs changes, so that an answer kept from an earlier call is of
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ T = TypeVar("T")
 # On a GPU (True) and on a CPU: seconds that one sample should take, the mean over several calls where they are short.
 SAMPLE = {True: 0.001, False: 0.01}
 MAX_CALLS = {True: 5, False: 200}
-QUEUE_CYCLES = 600_000  # about 0.3 ms on the device, for the host to queue a call
+QUEUE_CYCLES = 1_200_000  # about 0.6 ms on the device, for the host to queue a call of many launches
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,27 @@ class Clock:
             del state
         torch.cuda.synchronize(self.device)
         return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls
+
+
+def others_seconds() -> float:
+    """CPU seconds that this machine has spent on all but this process and its ended children; 0 if it does not tell."""
+    try:
+        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    except OSError:
+        return 0.0
+    return sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+class Others:
+    """What other programs use of this machine from now on."""
+
+    def __init__(self) -> None:
+        self._before, self._began = others_seconds(), time.perf_counter()
+
+    def share(self) -> float:
+        """0 to 1, of all cores."""
+        elapsed = max(time.perf_counter() - self._began, 1e-3)
+        return min(1.0, max(0.0, (others_seconds() - self._before) / elapsed / (os.cpu_count() or 1)))
 
 
 def interleave(

@@ -17,7 +17,7 @@ import torch
 from llmfast.bench.ceilings import measure_ceilings
 from llmfast.bench.environment import header
 from llmfast.bench.steps import FOLDERS, LADDER, PEERS, Floor, Provider, Shape, timed
-from llmfast.bench.timing import paired_ratio, spread
+from llmfast.bench.timing import others_seconds, paired_ratio, spread
 from llmfast.config import suggest
 from llmfast.errors import UserError
 
@@ -106,16 +106,6 @@ def _record(
             worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
             record["loss_agrees"] = worst <= max(AGREE[dtype], AGREE[facts[base].get("dtype", dtype)])
     return record
-
-
-def others_seconds() -> float:
-    """CPU seconds that this machine has spent on anything but this process."""
-    try:
-        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    except OSError:
-        return 0.0
-    busy = sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK")
-    return busy - sum(os.times()[:2])
 
 
 def sample(provider: Any, least: float = 0.3) -> tuple[float, float]:

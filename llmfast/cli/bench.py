@@ -101,8 +101,12 @@ def positive(options: BenchOptions, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
-def start(options: BenchOptions) -> Any:
-    """The device, with the process tuned; files that cannot be written are found before anything runs."""
+BUSY = 0.05  # share of the machine that other programs may use before the user is told
+
+
+def start(options: BenchOptions) -> tuple[Any, Any]:
+    """(device, what tells of other programs), with the process tuned; files that cannot be written are found before."""
+    from llmfast.bench.timing import Others
     from llmfast.ops import tune_process
     from llmfast.training.device import choose_device
 
@@ -115,11 +119,12 @@ def start(options: BenchOptions) -> Any:
         raise UserError(f"--plot {options.plot}: the plot is a PNG file; end its name in .png")
     device = choose_device(options.device)
     tune_process(options.threads)
-    return device
+    return device, Others()
 
 
-def finish(options: BenchOptions, results: dict[str, Any], table: str, plot: Any) -> None:
-    """Print and save what came out."""
+def finish(options: BenchOptions, results: dict[str, Any], others: Any, table: str, plot: Any) -> None:
+    """Print and save what came out, and what other programs did meanwhile."""
+    results["others"] = others.share()
     if options.json:
         print_json(results)
     else:
@@ -130,6 +135,8 @@ def finish(options: BenchOptions, results: dict[str, Any], table: str, plot: Any
     if options.plot is not None:
         plot(results, Path(options.plot))
         note(f"plot: {options.plot}")
+    if results["others"] > BUSY:
+        note(f"other programs used {results['others']:.0%} of this machine: run it again when it is quiet")
 
 
 def save(options: BenchOptions, results: dict[str, Any]) -> None:
@@ -149,7 +156,7 @@ def run_ops(options: OpsOptions) -> int:
         raise UserError("--shape goes with one op: llmfast bench ops layer_norm --shape rows=16x1024,width=768")
     if options.samples is not None and options.samples < 3:
         raise UserError(f"--samples must be at least 3, got {options.samples}")
-    device = start(options)
+    device, others = start(options)
     shapes = [parse_shape(OPS[names[0]], text) for text in options.shape] if names and names[0] in OPS else []
     selection = Selection(
         ops=names,
@@ -161,7 +168,7 @@ def run_ops(options: OpsOptions) -> int:
         samples=options.samples,
     )
     results = bench_ops(device, selection, keep=lambda partial: save(options, partial))
-    finish(options, results, tables.ops_table(results, ansi=sys.stdout.isatty()), plots.plot_ops)
+    finish(options, results, others, tables.ops_table(results, ansi=sys.stdout.isatty()), plots.plot_ops)
     return 0
 
 
@@ -172,7 +179,7 @@ def run_train(options: TrainOptions) -> int:
     from llmfast.config import GPTConfig
 
     positive(options, "turns", "batch_size", "block_size")
-    device = start(options)
+    device, others = start(options)
     gpu = device.type == "cuda"
     config = GPTConfig.preset(options.model or ("gpt2" if gpu else "tiny"))
     block_size = options.block_size or config.block_size
@@ -182,7 +189,7 @@ def run_train(options: TrainOptions) -> int:
     kinds += [f"ladder {rung}" for rung in LADDER] if options.ladder else []
     dtype = {"float32": "fp32", "bfloat16": "bf16", None: "bf16" if gpu else "fp32"}[options.dtype]
     results = bench_train(shape, device, kinds, dtype, options.turns)
-    finish(options, results, tables.steps_table(results, ansi=sys.stdout.isatty()), plots.plot_steps)
+    finish(options, results, others, tables.steps_table(results, ansi=sys.stdout.isatty()), plots.plot_steps)
     return 0
 
 
@@ -192,7 +199,7 @@ def run_generate(options: GenerateOptions) -> int:
     from llmfast.config import GPTConfig
 
     positive(options, "turns", "batch_size", "prompt_tokens", "tokens")
-    device = start(options)
+    device, others = start(options)
     config, gpu = GPTConfig.preset(options.model or "gpt2"), device.type == "cuda"
     if options.prompt_tokens + options.tokens + 1 > config.block_size:
         raise UserError(
@@ -207,7 +214,7 @@ def run_generate(options: GenerateOptions) -> int:
         tokens=options.tokens,
         turns=options.turns,
     )
-    finish(options, results, tables.generate_table(results, ansi=sys.stdout.isatty()), plots.plot_generate)
+    finish(options, results, others, tables.generate_table(results, ansi=sys.stdout.isatty()), plots.plot_generate)
     return 0
 
 
@@ -220,7 +227,7 @@ def run_data(options: DataOptions) -> int:
     from llmfast.tokenizer import load_tokenizer, train_bpe
 
     positive(options, "turns", "megabytes", "workers")
-    start(options)
+    _, others = start(options)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)
     else:
@@ -228,7 +235,7 @@ def run_data(options: DataOptions) -> int:
         tokenizer = train_bpe((p.read_text(encoding="utf-8", errors="replace") for p in stdlib_sources()[:200]), 4096)
     workers = options.workers or os.cpu_count() or 1
     results = bench_data(tokenizer, megabytes=options.megabytes, workers=workers, turns=options.turns)
-    finish(options, results, tables.data_table(results, ansi=sys.stdout.isatty()), plots.plot_data)
+    finish(options, results, others, tables.data_table(results, ansi=sys.stdout.isatty()), plots.plot_data)
     return 0
 
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +113,22 @@ def test_a_provider_that_is_wrong_is_reported_and_not_timed(cheat):
     assert {r["provider"] for r in results["ops"]} == {"eager"}
     assert [r["provider"] for r in results["wrong"]] == ["cheat"]
     assert "cheat: WRONG: " in tables.ops_table(results)
+
+
+def test_what_other_programs_use_is_told(tmp_path, capsys, monkeypatch):
+    if not Path("/proc/stat").exists():
+        pytest.skip("the system does not tell")
+    others = timing.Others()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        time.sleep(0.7)
+        share = others.share()
+        busy.kill()
+    assert 0.1 / os.cpu_count() < share <= 1
+    monkeypatch.setattr(timing.Others, "share", lambda self: 0.37)
+    words = ["bench", "ops", "layer_norm", "--shape", "rows=5,width=64", "--dtype", "float32", "--samples", "3"]
+    assert main([*words, "--device", "cpu", "--providers", "eager", "--save", str(tmp_path / "a.json")]) == 0
+    assert "other programs used 37%" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a.json").read_text())["others"] == 0.37
 
 
 def test_results_without_a_time_are_drawn(tmp_path):
