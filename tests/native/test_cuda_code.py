@@ -1,4 +1,4 @@
-"""What nvcc has made of the CUDA kernels, read from the compiled library without a GPU."""
+"""What nvcc has made of the kernels for Hopper, read from the compiled library without a GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 
 LIBRARY = Path(importlib.util.find_spec("llmfast").origin).parent / "_kernels.so"
-# Bytes on the stack: rows of add_layer_norm that cannot be read in packs, whose mask is made element by element.
-FEW_BYTES = {r"layer_norm_cu.*(forward|backward)_kernel.*Li1ELb1E": 16}
 
 
 def cuobjdump() -> str | None:
@@ -22,28 +20,15 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or (str(own) if own and os.access(own, os.X_OK) else None)
 
 
-def dump(option: str) -> str:
+def test_the_products_of_hopper_are_wgmma_on_tiles_brought_by_tma():
     program = cuobjdump()
     if program is None:
         pytest.skip("no cuobjdump on PATH, and no Triton, which carries one")
-    if not LIBRARY.exists() or not re.search(rb"cuda_archs=\d", LIBRARY.read_bytes()):
-        pytest.skip("llmfast is installed without its CUDA kernels")
-    return subprocess.run([program, option, LIBRARY], capture_output=True, text=True, check=True).stdout
-
-
-def allowed(kernel: str) -> int:
-    return max((most for known, most in FEW_BYTES.items() if re.search(known, kernel)), default=0)
-
-
-def test_no_kernel_keeps_registers_on_the_stack():
-    found = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", dump("--dump-resource-usage"))
-    assert len(found) > 50
-    assert [(kernel, stack) for kernel, stack in found if int(stack) > allowed(kernel)] == []
-
-
-def test_the_products_of_hopper_are_wgmma_on_tiles_brought_by_tma():
+    if not LIBRARY.exists() or not re.search(rb"cuda_archs=[\d,]*90a", LIBRARY.read_bytes()):
+        pytest.skip("llmfast is installed without its kernels for sm_90a")
+    said = subprocess.run([program, "--dump-sass", LIBRARY], capture_output=True, text=True, check=True).stdout
     code: dict[str, str] = {}
-    for part in dump("--dump-sass").split("Function : ")[1:]:
+    for part in said.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
         code[name] = code.get(name, "") + body  # of every architecture: that for older GPUs than sm_90a is empty
     kernels = [body for name, body in code.items() if "gemm_sm90_kernel" in name]
