@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cpu/gemm.h"
-#include "stable.h"
+#include "shapes.h"
 
 namespace llmfast::cpu {
 
@@ -43,11 +43,6 @@ inline Matrix new_matrix(const Tensor& like, const std::vector<int64_t>& sizes, 
   return {"result", torch::stable::new_empty(like, wanted ? sizes : std::vector<int64_t>{0}, type)};
 }
 
-// Whether a weight (out, in) lies as (in, out): the transposed view of one that its owner keeps so (GPT-2's Conv1D).
-inline bool lies_transposed(const Tensor& w) {
-  return w.dim() == 2 && w.stride(0) == 1 && w.stride(1) == w.size(0) && !w.is_contiguous();
-}
-
 // A weight (out, in) read as it lies, and its gradient laid out alike.
 struct Weight {
   bool flipped;  // lies as (in, out)
@@ -65,13 +60,6 @@ struct Weight {
   // dy^T x for dy (N, out) and x (N, in), of this weight's shape, dtype and layout; without elements where not wanted.
   Tensor gradient(const Matrix& dy, const Matrix& x, Dtype compute, bool wanted) const;
 };
-
-// x's shape with another last dimension.
-inline std::vector<int64_t> with_width(const Tensor& x, int64_t width) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = width;
-  return sizes;
-}
 
 // sums (n,) in float32, for column_sums() and the like, and then in the dtype of a parameter.
 struct Sums {

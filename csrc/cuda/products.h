@@ -1,9 +1,8 @@
 #pragma once
 // Matrices of torch tensors and the plain products, which are cuBLAS's by way of torch; for the glue of mlp and lora_linear.
-#include <vector>
-
 #include "cuda/gemm.h"
 #include "cuda/glue.h"
+#include "shapes.h"
 
 namespace llmfast::cuda {
 
@@ -26,18 +25,6 @@ inline Tensor as_parameter(const char* name, const Tensor& t, const std::vector<
 }
 inline MaybeTensor as_bias(const char* name, const MaybeTensor& t, int64_t n, const Tensor& x, ScalarType type) {
   return t ? MaybeTensor(as_parameter(name, *t, {n}, x, type)) : t;
-}
-
-// x's shape with another last dimension.
-inline std::vector<int64_t> with_width(const Tensor& x, int64_t width) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = width;
-  return sizes;
-}
-
-// Whether a weight (out, in) lies as (in, out): its gradient is to lie so too.
-inline bool lies_transposed(const Tensor& w) {
-  return w.dim() == 2 && w.stride(0) == 1 && w.stride(1) == w.size(0) && !w.is_contiguous();
 }
 
 inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }

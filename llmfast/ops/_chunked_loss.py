@@ -149,7 +149,7 @@ def _cuda_chunks(
     (N, C), V = x.shape, weight.shape[0]
     raw = getattr(torch.ops, kernel.removeprefix(CUDA))
     xs, ws, bs = x.to(low), weight.to(low), None if bias is None else bias.to(low).contiguous()
-    rows = max(1, min(N, GPU_ELEMENTS // max(V, 1)))
+    rows = max(1, min(N, 2 * GPU_ELEMENTS // max(V, 1)))  # each chunk reads and writes all of the float32 dweight
     buffer = torch.empty(rows, -(-V // 64) * 64, dtype=low, device=x.device)
     losses = torch.empty(N, dtype=torch.float32, device=x.device)
     dx = torch.empty(N, C, dtype=x.dtype, device=x.device) if wants[0] else None

@@ -22,7 +22,7 @@ CASES = int(os.environ.get("LLMFAST_EMULATION_CASES", "120"))
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
 
 
-SLOW = {"attention": 5}  # a share of the cases
+SLOW = {"attention": 5, "gemm": 2}  # a share of the cases
 
 
 @pytest.mark.parametrize(
