@@ -34,7 +34,11 @@ RULES: dict[str, list[tuple[str, str]]] = {
     "missing barrier": [(r"__sync(threads|warp)\(\);", ";"), (r"named_barrier\w*\([^;]*\);", ";")],
     "missing wait": [(r"(cp_async|wgmma|tma)_wait\w*<\d+>\(\);", ";"), (r"barrier_wait\([^;]*\);", ";")],
     "missing arrival": [(r"barrier_arrive\w*\([^;]*\);", ";")],
-    "wait for too little": [(r"((?:cp_async|wgmma)_wait)<0>", r"\1<1>"), (r"((?:cp_async|wgmma)_wait)<1>", r"\1<2>")],
+    "wait for too little": [
+        (r"((?:cp_async|wgmma)_wait)<0>", r"\1<1>"),
+        (r"((?:cp_async|wgmma)_wait)<1>", r"\1<2>"),
+        (r"_wait<kStages - 2>", "_wait<kStages - 1>"),
+    ],
     "missing commit": [(r"(cp_async|wgmma)_commit\(\);", ";")],
     "off by one": [(r"(?<=[\w\])]) < (?=[\w(])", " <= "), (r"(?<=[\w\])]) <= (?=[\w(])", " < ")],
     "missing mask": [
@@ -53,12 +57,18 @@ RULES: dict[str, list[tuple[str, str]]] = {
     ],
     "wrong lane": [(r"(__shfl_xor_sync\([^;]*), 2\)", r"\1, 1)"), (r"offset = 16;", "offset = 8;")],
     "misaligned access": [(r"(chunk|c) \* (kWidth|N)\b", r"\1 * \2 + 1"), (r"\* int\(16 / sizeof\(T\)\)", "* 4")],
-    "wrong stage": [(r"tile % 2 \*", "0 *"), (r"stage \* (k\w+)", r"0 * \1")],
+    "wrong stage": [(r"tile % 2 \*", "0 *"), (r"stage \* (k\w+)", r"0 * \1"), (r"step % kStages \*", "0 *")],
     "forgotten factor": [
         (r" \*= shrink;", " *= 1.f;"),
         (r" \* (a\.)?scale\b", ""),
         (r"\? a\.dropout\.scale :", "? 1.f :"),
+        (r" \* (g\.)?factor\b", ""),
+        (r" \* activate_backward\([^;]*\);", ";"),
     ],
+    "not zeroed": [(r"= 0\.f(?=[,;])", "= 1.f"), (r": T\(0\.f\)", ": T(1.f)"), (r"\] = \{\};", "] = {1.f};")],
+    "neighbour's place": [(r"\[(k\w+|2 \* k\w+) \+ (\w+)\]", r"[\2]"), (r"\((full|empty) \+ s\b", r"(\1")],
+    "forgotten maximum": [(r"fmaxf\((\w+), \w+\)", r"\1"), (r"      top = x;\n", "")],
+    "wrong turn": [(r"step / kStages & 1\b", "0"), (r"(step - 1) % kStages", r"0 % kStages")],
     "too little shared memory": [(r"(kBytes|n \* sizeof\(float\)), stream", r"\1 - 16, stream")],
 }
 
@@ -89,7 +99,13 @@ TARGETS = {
 }
 
 # (file, rule, the changed line) -> why nothing can object
-HARMLESS: dict[tuple[str, str, str], str] = {}
+HARMLESS: dict[tuple[str, str, str], str] = {
+    ("cross_entropy.cu", "off by one", "const int head = misfit == 0 ? 0 : N - misfit < V ? N - misfit : V;"): (
+        "where the two are equal, either is right"
+    ),
+    ("activation.cu", "off by one", "const bool whole = at + N <= n;"): ("the last whole pack goes element by element"),
+    ("activation.cu", "off by one", "for (int e = 0; e < N; ++e) {"): "the loop over the rest ends with the array",
+}
 
 
 @dataclass(frozen=True)
