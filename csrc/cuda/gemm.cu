@@ -177,7 +177,6 @@ __global__ void __launch_bounds__(kThreads, kDirect ? 2 : 1)
   if constexpr (kEpilogue == Epilogue::activate_backward) {
     if (!g.sums) return;
     // Over the 8 rows of a fragment by shuffles, over the two warps above each other through shared memory.
-    cp_async_wait<0>();
     __syncthreads();
     float* shares = reinterpret_cast<float*>(shared);
 #pragma unroll

@@ -186,7 +186,7 @@ inline void fiber_main() {
 #endif
   user_code = true;
   machine.body(machine.body_argument);
-  user_code = false;
+  Quiet quiet;
   machine.current->state = State::done;
   ++machine.done;
   leave_fiber(true);
