@@ -62,14 +62,17 @@ RULES: dict[str, list[tuple[str, str]]] = {
         (r" \*= shrink;", " *= 1.f;"),
         (r" \* (a\.)?scale\b", ""),
         (r"\? a\.dropout\.scale :", "? 1.f :"),
-        (r" \* (g\.)?factor\b", ""),
-        (r" \* activate_backward\([^;]*\);", ";"),
     ],
+    "too little shared memory": [(r"(kBytes|n \* sizeof\(float\)), stream", r"\1 - 16, stream")],
+}
+
+# ... and those of the files with fewer places for the rules above.
+MORE: dict[str, list[tuple[str, str]]] = {
     "not zeroed": [(r"= 0\.f(?=[,;])", "= 1.f"), (r": T\(0\.f\)", ": T(1.f)"), (r"\] = \{\};", "] = {1.f};")],
     "neighbour's place": [(r"\[(k\w+|2 \* k\w+) \+ (\w+)\]", r"[\2]"), (r"\((full|empty) \+ s\b", r"(\1")],
     "forgotten maximum": [(r"fmaxf\((\w+), \w+\)", r"\1"), (r"      top = x;\n", "")],
     "wrong turn": [(r"step / kStages & 1\b", "0"), (r"(step - 1) % kStages", r"0 % kStages")],
-    "too little shared memory": [(r"(kBytes|n \* sizeof\(float\)), stream", r"\1 - 16, stream")],
+    "forgotten term": [(r" \* (g\.)?factor\b", ""), (r" \* activate_backward\([^;]*\);", ";")],
 }
 
 
@@ -81,14 +84,15 @@ class Target:
     sources: tuple[str, ...]
     dtype: int = BFLOAT16
     cases: int = 14
+    more: bool = False  # the rules of MORE too
 
 
 ATTENTION = Target("attention.cpp", ("attention_forward.cu", "attention_sm90.cu", "attention_backward.cu"))
 GEMM = Target("gemm.cpp", ("gemm.cu", "gemm_sm90.cu"), cases=40)
 TARGETS = {
     "layer_norm.cu": Target("layer_norm.cpp", ("layer_norm.cu",), cases=40),
-    "cross_entropy.cu": Target("cross_entropy.cpp", ("cross_entropy.cu",), cases=40),
-    "activation.cu": Target("activation.cpp", ("activation.cu",), cases=40),
+    "cross_entropy.cu": Target("cross_entropy.cpp", ("cross_entropy.cu",), cases=40, more=True),
+    "activation.cu": Target("activation.cpp", ("activation.cu",), cases=40, more=True),
     "gemm.cu": GEMM,
     "gemm_sm90.cu": GEMM,
     "gemm_epilogue.h": GEMM,
@@ -128,7 +132,8 @@ def code_of(source: str) -> str:
 def mutants(file: str) -> list[Mutant]:
     source = (CUDA / file).read_text(encoding="utf-8")
     code, found = code_of(source), []
-    for rule, pairs in RULES.items():
+    rules = {**RULES, **MORE} if TARGETS[file].more else RULES
+    for rule, pairs in rules.items():
         for old, new in pairs:
             for match in re.finditer(old, code):
                 start = code.rfind("\n", 0, match.start()) + 1
@@ -142,7 +147,7 @@ def mutants(file: str) -> list[Mutant]:
 
 def sample(found: list[Mutant], most: int, rng: random.Random) -> list[Mutant]:
     """At most ``most``, of as many rules as there are."""
-    by_rule = [[m for m in found if m.rule == rule] for rule in RULES]
+    by_rule = [[m for m in found if m.rule == rule] for rule in (*RULES, *MORE)]
     for some in by_rule:
         rng.shuffle(some)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*by_rule))
