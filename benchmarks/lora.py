@@ -5,7 +5,8 @@ model, loss and update of ``llmfast finetune classify``. "lora" is the book's co
 layer, one adapter each for q, k and v. "peft" is Hugging Face's GPT-2 with PEFT's adapters of the same rank, as its
 users run it ("tuned": with an allocator that keeps its pages). Each lives in a process of its own and they take turns;
 a sample that other processes disturbed is taken again. The peak is the kernel's high-water mark of resident memory
-over three steps, less what the process held before there was a model: weights, gradients, moments and activations.
+over three steps, less what the process held before, after a step of a tiny model, so that the code which PyTorch loads
+on first use does not count: weights, gradients, moments and activations.
 
     python benchmarks/lora.py --threads 2 --json out.json
 """
@@ -13,6 +14,7 @@ over three steps, less what the process held before there was a model: weights, 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -20,13 +22,16 @@ import statistics
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmfast.bench.case import resident
 from llmfast.bench.environment import header
 from llmfast.bench.steps import keep_pages
 from llmfast.bench.train import DISTURBED, sample
 from llmfast.ops.describe import cpu_name
+
+if TYPE_CHECKING:
+    from llmfast.config import GPTConfig
 
 B, T, RANK = 8, 128, 16
 KINDS = ["all", "last-block", "lora", "peft", "peft tuned"]
@@ -40,21 +45,31 @@ class Trained:
     def __init__(self, kind: str, preset: str, bf16: bool) -> None:
         import torch
 
+        from llmfast import ops
+        from llmfast.config import GPTConfig
+
         g = torch.Generator().manual_seed(1)
         self.ids, self.labels = torch.randint(1000, (B, T), generator=g), torch.randint(2, (B,), generator=g)
         self.bf16, self.count = bf16, 0
         torch.manual_seed(0)
         make = self._peft if kind.startswith("peft") else self._llmfast
-        make(kind, preset)
+        make(kind, GPTConfig.preset("tiny", vocab_size=1000, block_size=T, dropout=0.0))
+        self.step()
+        del self.model, self._loss, self._update
+        gc.collect()
+        ops.release_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
+        before, self.count = resident("VmRSS") or 0, 0
+        make(kind, GPTConfig.preset(preset, dropout=0.0))
         self.losses = [self.step() for _ in range(3)]
-        self.peak = (resident("VmHWM") or 0) - self.before
+        self.peak = (resident("VmHWM") or 0) - before
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def _llmfast(self, kind: str, preset: str) -> None:
+    def _llmfast(self, kind: str, shape: GPTConfig) -> None:
         import torch
 
         import llmfast
-        from llmfast.config import ClassifyConfig, GPTConfig
+        from llmfast.config import ClassifyConfig
         from llmfast.finetuning.base import Base
         from llmfast.finetuning.classify import ClassificationLoss, build
         from llmfast.tokenizer import load_tokenizer
@@ -65,9 +80,7 @@ class Trained:
         config = ClassifyConfig(
             checkpoint="", data="", train=kind, lora_r=RANK, lora_targets=["all-linear", "score"], lora_split_qkv=True
         )  # type: ignore[arg-type]
-        tokenizer = load_tokenizer("byte")
-        self.before = self._start()
-        base = Base(Path(), llmfast.GPT(GPTConfig.preset(preset, dropout=0.0)), tokenizer)
+        base = Base(Path(), llmfast.GPT(shape), load_tokenizer("byte"))
         self.model = build(base, ["ham", "spam"], config).train()
         optimizer, loss = build_optimizer(self.model, config), ClassificationLoss(None)
         update = Update(optimizer, config.grad_clip, torch.device("cpu"), torch.float32)
@@ -82,20 +95,16 @@ class Trained:
 
         self._update = apply
 
-    def _peft(self, kind: str, preset: str) -> None:
+    def _peft(self, kind: str, shape: GPTConfig) -> None:
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import GPT2Config, GPT2ForSequenceClassification
 
-        from llmfast.config import GPTConfig
-
-        shape = GPTConfig.preset(preset)
         if kind.endswith("tuned"):
             keep_pages()
-        self.before = self._start()
         config = GPT2Config(
-            n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head, num_labels=2, pad_token_id=0,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            vocab_size=shape.vocab_size, n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
+            num_labels=2, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
         adapters = LoraConfig(
             task_type="SEQ_CLS", r=RANK, lora_alpha=RANK, target_modules=["c_attn", "c_proj", "c_fc"],
@@ -113,11 +122,6 @@ class Trained:
             optimizer.zero_grad(set_to_none=True)
 
         self._update = apply
-
-    def _start(self) -> int:
-        """Bytes held before there is a model; the high-water mark begins here."""
-        Path("/proc/self/clear_refs").write_text("5")
-        return resident("VmRSS") or 0
 
     def step(self) -> float:
         import torch

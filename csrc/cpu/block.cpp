@@ -438,10 +438,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> decoder_layer_bwd(
   Gradients grads(l, wants, x);
   Tensor ds, dopen = new_empty(x, {0});
   const bool own_dp = bf16 || l.out_dropout.drop;
-  const auto [spare, n, dn, dp_memory, g, dh, dqkv] = lay_out(in_scratch(), [&](Cursor& c) {
-    return std::tuple{l.spare(c),           c.take(l.bytes(C)), c.take(l.bytes(C)), c.take(own_dp ? l.bytes(C) : 0),
-                      c.take(l.bytes(F)), c.take(l.bytes(F)), c.take(l.bytes(3 * C))};
+  const auto [spare, n, dn, dp_memory, dh, shared] = lay_out(in_scratch(), [&](Cursor& c) {
+    return std::tuple{l.spare(c), c.take(l.bytes(C)), c.take(l.bytes(C)), c.take(own_dp ? l.bytes(C) : 0),
+                      c.take(l.bytes(F)), c.take(l.bytes(std::max(F, 3 * C)))};
   });
+  void *const g = shared, *const dqkv = shared;  // the MLP is done with g where attention begins
   ds = new_empty(x, grads.any_before(fc_w) ? x.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0});
   const auto result = [&] { return std::make_tuple(ds, dopen, grads.laid_out()); };
 

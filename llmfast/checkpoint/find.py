@@ -149,9 +149,27 @@ def _load_adapted(path: Path, overrides: dict[str, Any]) -> Any:
     wanted = (described.get("base") or {}).get("sha256")
     if wanted and adapter.weights_sha256(model) != wanted:
         raise UserError(f"{where} is not the base that the adapter {path} was trained on: its weights differ")
-    if labels := described.get("labels"):
+    if labels := described.get("labels") or _peft_labels(path, base):
         model = GPTForClassification.from_gpt(model, labels)
     return merge_lora(adapter.load_adapter(model, path))
+
+
+def _peft_labels(path: Path, base: Path) -> list[str]:
+    """The classes of an adapter that PEFT trained with a classification head, as the base names them; else none."""
+    from llmfast.nn import adapter
+
+    if adapter.read_config(path).get("task_type") != "SEQ_CLS":
+        return []
+    head = adapter.read_adapter(path).get("score.weight")
+    if head is None:
+        raise UserError(
+            f"{path / layout.ADAPTER_FILE} has no score.weight: a classifier's adapter is useless without it"
+        )
+    names = description_of(base).get("id2label")
+    numbers = [str(number) for number in range(len(head))]
+    if isinstance(names, dict) and set(names) == set(numbers):
+        return [str(names[number]) for number in numbers]
+    return [f"LABEL_{number}" for number in numbers]  # Hugging Face's names where nobody gave any
 
 
 def description_of(path: Path) -> dict[str, Any]:

@@ -9,12 +9,18 @@ from llmfast.cli.finetune_classify import ClassifyOptions, run_classify
 from llmfast.cli.finetune_conversations import InstructOptions, PreferenceOptions, run_instruct, run_preference
 from llmfast.cli.options import Action
 from llmfast.config import FinetuneConfig
+from llmfast.errors import UserError
 
 
 def default_config(given: dict[str, Any]) -> Path | None:
     """The file whose options a resume repeats: the run's own."""
-    path = Path(given.get("out", FinetuneConfig.out), "config.toml")
-    return path if given.get("resume") and path.exists() else None
+    out = given.get("out", FinetuneConfig.out)
+    path = Path(out, "config.toml")
+    if not given.get("resume") or path.exists():
+        return path if given.get("resume") else None
+    if "checkpoint" not in given:
+        raise UserError(f"--resume: there is no run in {out} to go on with; name the folder of the run by --out")
+    return None
 
 
 ACTIONS: dict[str, Action] = {

@@ -34,6 +34,8 @@ def check_before(config: FinetuneConfig) -> None:
     """``UserError`` for what can be told before any work is done and anything is written."""
     check(config)
     config.lora  # noqa: B018  raises for values that make no adapter
+    if config.dropout is not None and not 0 <= config.dropout < 1:
+        raise UserError(f"dropout must lie in [0, 1), got {config.dropout}")
     fractions = (config.val_fraction, config.test_fraction)
     if not all(0 <= f < 1 for f in fractions) or sum(fractions) >= 1:
         raise UserError(

@@ -195,6 +195,8 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
             rows, columns = tensor.shape[0] // splits, tensor.shape[1] // splits
             tensor = torch.cat([tensor[i * rows :][:rows, i * columns :][:, :columns] for i in range(splits)])
         state[ours] = tensor
+    if "score.weight" in state and "score.bias" not in state:  # Hugging Face's classification head has no bias
+        state["score.bias"] = state["score.weight"].new_zeros(len(state["score.weight"]))
     return state
 
 

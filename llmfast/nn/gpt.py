@@ -29,10 +29,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte, self.wpe = _table(config.vocab_size, config.n_embd), _table(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, bias=config.bias, eps=config.layer_norm_eps)
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding that nobody has filled: ``normal_`` on the meta device would load PyTorch's compiler, which takes
+    seconds and 70 MB."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class GPT(nn.Module):
@@ -67,6 +72,10 @@ class GPT(nn.Module):
     def _tie(self) -> None:
         if self.config.tie_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> GPT:
+        # As nn.Module has it, but for empty_like, which on the meta device loads sympy (see _table).
+        return self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GPT:
         # Moves that make new parameters (to_empty from the meta device) would part the tied pair.

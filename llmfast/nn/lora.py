@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
 def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Give the linear layers that ``config.targets`` name an adapter, freeze all other parameters; returns ``model``.
 
-    Raises ``UserError`` for a target that no layer has, and for a model with adapters.
+    Raises ``UserError`` for a target that no layer has, a rank above a layer's own, and a model with adapters.
     """
     if lora_layers(model):
         raise UserError("the model has adapters already: merge them first (llmfast.nn.merge_lora)")
@@ -91,8 +91,11 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
             )
         chosen |= found
     shapes = {}
-    for name in chosen:
+    for name, linear in chosen.items():
         splits = 3 if config.split_qkv and name.rsplit(".", 1)[-1] == QKV else 1
+        most = min(linear.in_features, linear.out_features // splits)
+        if config.r > most and name != "score":  # of a few classes: the book gives it the rank of the others
+            raise UserError(f"lora_r {config.r} is above {most}, the full rank of {name}: choose a smaller one")
         shapes[name] = LoRAShape(config.r, config.alpha, config.dropout, splits)
     return attach(model, shapes)
 

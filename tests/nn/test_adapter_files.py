@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from llmfast.checkpoint import load_model
 from llmfast.config import GPTConfig, LoRAConfig
 from llmfast.errors import UserError
 from llmfast.nn import GPT, GPTForClassification, add_lora, load_adapter, lora_state_dict, save_adapter
@@ -37,21 +38,19 @@ def stir(model):
     return model
 
 
-def hugging_face_twin(model):
-    """A GPT2LMHeadModel with the same weights."""
+def hugging_face_twin(model, kind="GPT2LMHeadModel", **options):
+    """Hugging Face's model with the same weights; a classifier's head is its own."""
     transformers = pytest.importorskip("transformers")
     c = model.config
-    twin = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )
-    ).eval()  # fmt: skip
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **options,
+    )  # fmt: skip
+    twin = getattr(transformers, kind)(config).eval()
     turned = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     state = {k: v.detach().T if k.endswith(turned) else v.detach() for k, v in model.state_dict().items()}
     missing, unexpected = twin.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert not missing
+    assert (missing, unexpected) == (([], []) if kind == "GPT2LMHeadModel" else (["score.weight"], ["lm_head.weight"]))
     return twin
 
 
@@ -97,6 +96,48 @@ def test_an_adapter_that_peft_trained_gives_the_same_logits_here(options, tmp_pa
         model = load_adapter(base, tmp_path).eval()
         torch.testing.assert_close(model(IDX)[0], wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(wanted, before, atol=1e-3)
+
+
+LABELS = ["eggs", "ham", "spam"]
+FEW = dict(kind="GPT2ForSequenceClassification", num_labels=3, pad_token_id=0)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_classifier_that_peft_trained_gives_the_same_logits_here(named, tmp_path):
+    """Its head has no bias, and the folder of the adapter names no labels: these are the base's, or LABEL_0 and on."""
+    peft = pytest.importorskip("peft")
+    base, folder = tiny(), tmp_path / "base"
+    names = dict(num_labels=3, id2label=dict(enumerate(LABELS))) if named else {}
+    hugging_face_twin(base, **names).save_pretrained(folder)
+    theirs = peft.get_peft_model(
+        hugging_face_twin(base, **FEW), peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["c_attn", "c_fc"])
+    )
+    theirs.peft_config["default"].base_model_name_or_path = str(folder)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        theirs(input_ids=IDX, labels=torch.arange(3)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs.eval().save_pretrained(str(tmp_path / "adapter"))
+    model = load_model(tmp_path / "adapter")
+    assert model.labels == (LABELS if named else ["LABEL_0", "LABEL_1", "LABEL_2"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDX), theirs(IDX).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("split_qkv", [False, True])
+def test_a_classifier_trained_here_gives_peft_the_same_logits(split_qkv, tmp_path):
+    """Where its head has the bias that ours has."""
+    peft = pytest.importorskip("peft")
+    model = GPTForClassification.from_gpt(tiny(), LABELS)
+    stir(add_lora(model, LoRAConfig(r=4, split_qkv=split_qkv)))
+    nn.init.normal_(model.score.bias)
+    save_adapter(model, tmp_path, base="base")
+    twin = hugging_face_twin(tiny(), **FEW)
+    twin.score = nn.Linear(24, 3)
+    theirs = peft.PeftModel.from_pretrained(twin, str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDX).logits, model(IDX), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

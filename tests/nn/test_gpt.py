@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -328,3 +330,13 @@ def test_bfloat16_autocast_trains_float32_weights():
 def test_bad_input_is_one_clear_value_error(idx, targets, message):
     with pytest.raises(ValueError, match=message):
         small()(idx, targets)
+
+
+def test_a_model_is_made_without_loading_the_compiler():
+    """It would cost every command seconds and 70 MB."""
+    code = (
+        "import sys; from llmfast.config import GPTConfig; from llmfast.nn import GPT; GPT(GPTConfig.preset('tiny'));"
+        "print([name for name in ('torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

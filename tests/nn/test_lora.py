@@ -163,6 +163,7 @@ def test_the_books_numbers_of_parameters():
         (dict(r=0), "lora_r must be a positive integer"),
         (dict(alpha=-1.0), "lora_alpha must be a number above 0"),
         (dict(dropout=1.0), r"lora_dropout must lie in \[0, 1\)"),
+        (dict(r=100_000), "lora_r 100000 is above 24, the full rank of transformer.h.0.attn.c_attn"),
         (dict(targets=()), "lora_targets must be names"),
         (dict(targets=("q_proj",)), "no linear layer is called 'q_proj'"),
         (dict(targets=("c_atn",)), r"did you mean c_attn\?"),
