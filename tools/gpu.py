@@ -166,7 +166,7 @@ def report(options: argparse.Namespace, folder: Path) -> list[str] | str:
 
 STAGES = [
     Stage("conformance", 60, "each wrapper of PTX does what its emulation does", conformance),
-    Stage("build", 150, "the extension, in place, with nvcc where it is", build),
+    Stage("build", 200, "the extension, in place, with nvcc where it is", build),
     Stage("facts", 30, "driver, compiler, what llmfast sees", facts),
     Stage("kernels", 90, "every implementation on the GPU against float64",
           tests("tests/ops/test_ops_accuracy.py", "tests/emulation/test_emulated_ops.py", gpu="cuda and at_most",

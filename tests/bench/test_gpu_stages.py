@@ -174,7 +174,7 @@ def test_everything_is_packed_for_the_folder_out(drive, tmp_path, monkeypatch):
 def test_the_default_selection_fits_its_minutes(gpu):
     """Typical times are well below the limits; the limits themselves may add up to more, the deadline cuts them."""
     assert {"build", "kernels", "sanitize", "tune", "train", "report"} <= {stage.name for stage in gpu.STAGES}
-    assert all(stage.seconds <= 150 for stage in gpu.STAGES)
+    assert all(stage.seconds <= 200 for stage in gpu.STAGES)
 
 
 def test_every_op_has_a_stage_and_shapes_that_it_reads(gpu):
