@@ -108,4 +108,5 @@ def _roofline(axes: Any, results: dict[str, Any], records: list[dict[str, Any]],
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=name)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s")
-    axes.legend(fontsize=8)
+    if colours:
+        axes.legend(fontsize=8)
