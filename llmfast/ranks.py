@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,8 +28,10 @@ CONNECT = timedelta(seconds=60)
 class Ranks:
     """``rank`` of ``size`` processes, the ``local`` th on its machine. Every rank calls the same methods in turn."""
 
-    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, store: dist.Store | None = None) -> None:
-        self.rank, self.size, self.local, self.store = rank, size, local, store
+    def __init__(self, rank: int = 0, size: int = 1, local: int = 0, start: str = "") -> None:
+        self.rank, self.size, self.local = rank, size, local
+        self.start = start  # under which this start of them is known in the store
+        self.store = client(start) if size > 1 else None
 
     @property
     def first(self) -> bool:
@@ -107,9 +110,14 @@ def is_first() -> bool:
     return (started() or (0, 1, 0))[0] == 0
 
 
-def was_restarted() -> bool:
-    """Whether ``torchrun`` started the processes again because some failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+def mark(what: str) -> None:
+    """Have ``was_marked`` know ``what`` when ``torchrun`` starts the processes of this job again."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        client("marks").set(what, "")
+
+
+def was_marked(what: str) -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and client("marks").check([what])
 
 
 @functools.cache
@@ -128,14 +136,16 @@ def join() -> Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} does not reach the others: {error}") from None
-    return Ranks(rank, size, local, client())
+    starts: list[Any] = [None] * size
+    dist.all_gather_object(starts, f"{os.getpid()} {time.time()}")
+    return Ranks(rank, size, local, starts[0])
 
 
-def client() -> dist.Store:
-    """A connection of its own to the store where the ranks of this start find each other."""
+def client(prefix: str) -> dist.Store:
+    """A connection of its own to the store where the ranks find each other, which outlives their restarts."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=CONNECT)
-    return dist.PrefixStore(f"llmfast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"llmfast/{prefix}", store)
 
 
 def speaks(message: str) -> bool:
@@ -144,7 +154,8 @@ def speaks(message: str) -> bool:
     if found is None or found[1] == 1:
         return True
     try:
-        return client().add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+        store = client(f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
+        return store.add(hashlib.sha256(message.encode()).hexdigest(), 1) == 1
     except (RuntimeError, KeyError, ValueError):
         return True
 

@@ -20,6 +20,7 @@ class Alone:
 
     mean_of = 1
     shards = False  # whether a forward pass takes all ranks
+    note: str | None = None  # for the user
 
     def __init__(self, model: nn.Module) -> None:
         self.runs: Any = model
@@ -42,6 +43,7 @@ class Copies(Alone):
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         super().__init__(nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
         self.mean_of = ranks.size
+        self.note = f"{ranks.size} ranks, the whole model on each (ddp)"
 
     def backward(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.runs.no_sync()
@@ -74,6 +76,7 @@ class Shards(Alone):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         super().__init__(model)
         self.mean_of = ranks.size
+        self.note = f"{ranks.size} ranks, {copies} x the model in {ranks.size // copies} shards (fsdp)"
         self._group = mesh.get_group("shard")
 
     def backward(self, *, last: bool) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from llmfast.config import TrainConfig
 from llmfast.data.shards import lock_file
 from llmfast.errors import UserError
 from llmfast.files import write_whole
-from llmfast.ranks import is_first, was_restarted
+from llmfast.ranks import is_first, mark, was_marked
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
@@ -70,11 +70,16 @@ class RunDirectory:
         left_out = {"resume", *getattr(config, "hidden", ())}
         values = {key: value for key, value in dataclasses.asdict(config).items() if key not in left_out}
         write_whole(self.path / CONFIG_FILE, to_toml(values))
+        mark(_run_of(self.path))
 
 
 def goes_on(config: TrainConfig) -> bool:
     """Whether to go on with what ``config.out`` holds: as told, or because ``torchrun`` starts the run again."""
-    return config.resume or (was_restarted() and Path(config.out, CONFIG_FILE).exists())
+    return config.resume or (was_marked(_run_of(config.out)) and Path(config.out, CONFIG_FILE).exists())
+
+
+def _run_of(path: str | Path) -> str:
+    return f"run {Path(path).resolve()}"
 
 
 def to_toml(values: dict[str, Any]) -> str:

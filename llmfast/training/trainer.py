@@ -197,7 +197,7 @@ class Trainer:
         stopping = False
         kind = Report if ranks.first else Silent
         with kind(run.path, done=done.step, total=config.max_steps, unit=self.unit, progress=self.progress) as report:
-            for note in (*notes, dtype_note(self.device, self.dtype)):
+            for note in (parallel.note, *notes, dtype_note(self.device, self.dtype)):
                 if note:
                     report.say(note)
             while done.step < config.max_steps and not stopping and not _has_enough(done, config):

@@ -86,7 +86,7 @@ class Watchdog:
         while not self._done.wait(BEAT):
             beat += 1
             try:
-                store = store or _connect()
+                store = store or _connect(ranks.start)
                 store.set(f"beat/{ranks.rank}", self._beat(str(beat)))
                 if store.check([VERDICT]):
                     self._end(store.get(VERDICT).decode())
@@ -111,13 +111,15 @@ class Watchdog:
         return f"{number} {self._count}.{exchanges()} {self._doing} {where} {self._place}"
 
     def _end(self, verdict: str) -> None:
-        """End this process, and the one that the verdict names where that is on this machine and cannot itself."""
+        """End this process, and the one that the verdict names where that is beside it and cannot itself."""
         if self._done.is_set():
             return
         host, _, pid = verdict.partition(" ")[0].rpartition(":")
         if host == socket.gethostname() and pid != str(os.getpid()):
-            with contextlib.suppress(OSError, ValueError):
-                os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+                if int(parent) == os.getppid():  # names of hosts may repeat
+                    os.kill(int(pid), signal.SIGKILL)
         os._exit(EXIT_LOST)
 
 
@@ -171,7 +173,7 @@ def _name(rank: int, beat: str) -> str:
     return f"{host}:{pid} rank {rank} (process {pid} on {host})"
 
 
-def _connect() -> dist.Store:
-    store = client()
+def _connect(start: str) -> dist.Store:
+    store = client(start)
     store.set_timeout(timedelta(seconds=SILENT / 2))
     return store

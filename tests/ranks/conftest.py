@@ -1,73 +1,19 @@
-"""Runs of several ranks on this machine, over Gloo on loopback: forked from one process that has imported everything.
-
-``torchrun`` itself and real kills are the business of ``tests/ranks/kills.py``, which takes minutes.
-"""
-
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
-import worker
-
-LIMIT = 240  # seconds, on a busy machine
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    "llmfast.training llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo "
-    "matplotlib.figure matplotlib.backends.backend_agg".split()
-)
-
-
-@dataclass
-class Done:
-    codes: list[int]  # of each rank; negative: the signal that ended it
-    said: list[str]  # by each
-    seconds: float
+from launching import launch as launch_in
 
 
 @pytest.fixture
 def launch(tmp_path):
     """launch(ranks, name, call=worker.train, **options) -> Done; the run is tmp_path / name / "run"."""
-
-    def run(size, name, call=worker.train, *, check=True, **options):
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        logs = [folder / f"rank-{rank}.txt" for rank in range(size)]
-        began = time.monotonic()
-        ranks = [
-            CONTEXT.Process(
-                target=worker.start,
-                args=({**where, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}, logs[rank]),
-                kwargs={"call": call, "out": folder / "run", "options": options},
-                daemon=True,
-            )
-            for rank in range(size)
-        ]
-        try:
-            for process in ranks:
-                process.start()
-            for process in ranks:
-                process.join(timeout=max(0.1, began + LIMIT - time.monotonic()))
-            codes = [process.exitcode for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-        said = [log.read_text() for log in logs]
-        assert None not in codes, f"still running after {LIMIT} s: {codes}, {said}"
-        assert not check or not any(codes), said
-        return Done(codes, said, time.monotonic() - began)
-
-    return run
+    return lambda size, name, *call, **options: launch_in(tmp_path / name, size, *call, **options)
 
 
 @pytest.fixture

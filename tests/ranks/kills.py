@@ -27,10 +27,15 @@ START = 240.0  # and until its successor has saved a checkpoint, on a busy machi
 def command(out: Path, data: Path, options: argparse.Namespace) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
     torchrun += ["--max-restarts", str(options.kills + 5)]
+    return [sys.executable, *torchrun, *pretrain(out, data, options.parallel)]
+
+
+def pretrain(out: Path, data: Path, parallel: str) -> list[str]:
+    """A small run that goes on until it is stopped, and saves all the time."""
     shape = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --tokenizer byte --device cpu --threads 1".split()
     run = "--max-steps 1000000 --batch-size 8 --micro-batch-size 2 --save-every 3 --sample-every 0 --eval-every 1000"
-    where = ["--out", str(out), "--data", str(data), "--parallel", options.parallel]
-    return [sys.executable, *torchrun, "-m", "llmfast", "pretrain", *where, *shape, *run.split()]
+    where = ["--out", str(out), "--data", str(data), "--parallel", parallel]
+    return ["-m", "llmfast", "pretrain", *where, *shape, *run.split()]
 
 
 def children(pid: int) -> set[int]:
@@ -77,6 +82,7 @@ def main() -> None:
     parser.add_argument("--parallel", default="fsdp")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of what is to be tidied up
     print(f"seed {options.seed}, {options.ranks} ranks, {options.parallel}", flush=True)
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:

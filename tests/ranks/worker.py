@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,9 @@ from llmfast.nn import GPT
 from llmfast.ranks import join, leave, speaks
 from llmfast.training import Trainer, watchdog
 from llmfast.training.losses import language_model_loss
+from llmfast.training.parallel import local
+from llmfast.training.report import Report
+from llmfast.training.update import Update
 
 SHAPE = GPTConfig(vocab_size=256, block_size=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -74,11 +79,62 @@ def troubled(kind: str, step: int, ranks):
     return loss
 
 
+def finetune(out, *, kind, **options):
+    from llmfast.config import ClassifyConfig, InstructConfig, PreferenceConfig
+    from llmfast.finetuning import classify, instruct, preference
+
+    Report.plot = lambda self, now=False: None
+    config_class, tune = {
+        "classify": (ClassifyConfig, classify.finetune_classify),
+        "instruct": (InstructConfig, instruct.finetune_instruct),
+        "preference": (PreferenceConfig, preference.finetune_preference),
+    }[kind]
+    values = dict(out=str(out), device="cpu", threads=1, micro_batch_size=4, batch_size=8, epochs=1, log_every=1)
+    values |= dict(learning_rate=3e-3, sample_every=0, eval_every=2, save_every=2, dropout=0.0)
+    if kind != "classify":
+        values |= dict(prompt_style="{instruction} {input}>", response_tokens=8)
+    tune(config_class(**{**values, **options}), progress=False)
+    leave()
+    return 0
+
+
+class Recorded:
+    """A rank's micro batches, and what was in them."""
+
+    def __init__(self, batches):
+        self._batches, self.count, self.most, self.steps = batches, batches.count, batches.most, []
+
+    def of_step(self, position):
+        self.steps.append(b"")
+        for batch, counts in self._batches.of_step(position):
+            if counts:
+                self.steps[-1] += batch[0].numpy().tobytes()
+            yield batch, counts
+
+    def order(self, ranks) -> str:
+        """A hash of all samples that all ranks learned from, in their order."""
+        return hashlib.sha256(
+            b"".join(b"".join(step) for step in zip(*ranks.gather(self.steps), strict=True))
+        ).hexdigest()
+
+
+def held(model, optimizer) -> int:
+    """Bytes of the storages of parameters, gradients and optimizer state."""
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [value for entries in optimizer.state.values() for value in entries.values()]
+    storages = [local(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def train(
-    out, *, weights="float32", masked=False, trouble=None, step=0, shape=SHAPE, patience=None, before=None, **options
+    out, *, weights="float32", masked=False, trouble=None, step=0, larger=None, patience=None, gather=False, **options
 ):
+    """A run; ``gather`` writes its whole weights as well. Says what it held, and the order of the samples."""
     if patience is not None:
         watchdog.GONE, watchdog.SILENT, watchdog.STUCK = 0.75 * patience, patience, patience
+    if options.get("parallel") == "hsdp":
+        os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on machines of two
+    Report.plot = lambda self, now=False: None
     ranks = join()
     folder = Path(out).parent
     with ranks.in_turn("data"):
@@ -86,7 +142,7 @@ def train(
             tokens(folder / "train.bin")
     source = open_tokens(folder / "train.bin")
     torch.manual_seed(1)
-    model = GPT(shape).to(getattr(torch, weights))
+    model = GPT(replace(SHAPE, **(larger or {}))).to(getattr(torch, weights))
     loss_fn = troubled(trouble, step, ranks) if trouble else masked_loss if masked else None
     config = TrainConfig(
         **{
@@ -95,13 +151,32 @@ def train(
             **options,
         }
     )
+    most = 0
+    original = Update.apply
+
+    def apply(self, *arguments):
+        nonlocal most
+        norm = original(self, *arguments)
+        most = max(most, held(model, self.optimizer))
+        return norm
+
+    Update.apply = apply
+    trainer = Trainer(model, config, source, source, loss_fn=loss_fn, progress=False)
+    trainer.own = Recorded(trainer.own)
     try:
-        result = Trainer(model, config, source, source, loss_fn=loss_fn, progress=False).fit()
+        result = trainer.fit()
     except UserError as error:
         if speaks(str(error)):
             print(f"rank {ranks.rank}: {error}", file=sys.stderr)
         return 2
+    if gather:
+        whole = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.state_dict().items()}
+        if ranks.first:
+            torch.save(whole, Path(out, "gathered.pt"))
+    print("held", most)
+    order = trainer.own.order(ranks)
     if ranks.first:
+        print("order", order)
         print(json.dumps(result.to_dict()))
     leave()
     return 128 + 15 if result.interrupted else 0
