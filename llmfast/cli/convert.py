@@ -25,6 +25,7 @@ class Options:
     to: Literal["llmfast", "hf", "nanogpt", "llmc", "book", "tlfs", "gguf"] = option(
         "llmfast", "whose format: llmfast's, Hugging Face's, nanoGPT's, llm.c's, the book's, train-llm-from-scratch's"
     )
+    shards: int = option(1, "files to cut llmfast's format into, as so many ranks of fsdp write them")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "type of the weights (default: as they are)")
     set: list[str] = field(
         default_factory=list,
@@ -56,9 +57,11 @@ def run(options: Options) -> int:
         options.to,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         tokenizer=tokenizer,
+        shards=options.shards,
         **overrides,
     )
-    files = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    names = sorted(file for file in path.rglob("*") if file.is_file())
+    files = {str(file.relative_to(path)): file.stat().st_size for file in names}
     if options.json:
         print_json({"path": str(path), "format": options.to, "files": files})
     else:

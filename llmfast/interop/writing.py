@@ -26,13 +26,12 @@ _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")
 Writer = Callable[[GPTConfig, Mapping[str, Tensor], Path, "Tokenizer | None"], None]
 
 
-def _llmfast(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, tokenizer: Tokenizer | None) -> None:
+def _llmfast(config: GPTConfig, weights: Mapping[str, Tensor], folder: Path, shards: int) -> None:
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
-    pretrained.write({"model_type": pretrained.MODEL_TYPE, **config.to_dict()}, state, folder)
+    pretrained.write({"model_type": pretrained.MODEL_TYPE, **config.to_dict()}, state, folder, shards=shards)
 
 
 WRITERS: dict[str, Writer] = {
-    "llmfast": _llmfast,
     "hf": huggingface.write,
     "nanogpt": lambda config, weights, folder, _: nanogpt.write(config, weights, folder),
     "llmc": llmc.write,
@@ -49,16 +48,20 @@ def convert(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: Tokenizer | None = None,
+    shards: int = 1,
     **overrides: Any,
 ) -> Path:
     """Write ``source`` into the new folder ``destination`` in another program's format.
 
     ``source``: a checkpoint, whoever wrote it, or a model in memory. The weights keep their type unless ``dtype`` is
     given. The tokenizer is the source's own unless one is given, and goes along as ``llmfast_tokenizer.json`` and,
-    where the program has files for it, in those. ``overrides`` as in ``load``. The folder appears whole or not at
+    where the program has files for it, in those. ``shards``: of llmfast's format, in how many files, as as many ranks
+    write them. ``overrides`` as in ``load``. The folder appears whole or not at
     all. Raises ``UserError``, also for what the program cannot express.
     """
     destination = Path(destination)
+    if shards < 1 or (shards > 1 and to != "llmfast"):
+        raise UserError(f"{shards} shards: llmfast's own format is written in 1 or more, the others in their own way")
     if destination.suffix in _FILE_SUFFIXES:
         raise UserError(f"{destination}: name the folder to write, the file in it has the name that {to} gives it")
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
@@ -74,7 +77,11 @@ def convert(
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         building.mkdir()
-        WRITERS[to](config, weights if dtype is None else _Cast(weights, dtype), building, tokenizer)
+        cast = weights if dtype is None else _Cast(weights, dtype)
+        if to == "llmfast":
+            _llmfast(config, cast, building, shards)
+        else:
+            WRITERS[to](config, cast, building, tokenizer)
         if tokenizer is not None:
             tokenizer.save(building)
         building.replace(destination)

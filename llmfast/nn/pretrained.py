@@ -47,11 +47,29 @@ def save(model: nn.Module, directory: Path) -> None:
         raise UserError(f"cannot write the model to {directory}: {error}") from error
 
 
-def write(description: dict[str, Any], state: dict[str, Tensor], directory: Path) -> None:
-    """Write contiguous weights that share no memory, and the config."""
+def write(description: dict[str, Any], state: dict[str, Tensor], directory: Path, *, shards: int = 1) -> None:
+    """Write contiguous weights that share no memory, in one file or so many ``shards``, and the config."""
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    if shards == 1:
+        _replace(directory / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    else:
+        _write_shards(state, directory / SHARDS, shards)
     write_config(description, directory)
+
+
+def _write_shards(state: dict[str, Tensor], folder: Path, count: int) -> None:
+    """As so many ranks of FSDP2 write them: equal runs of rows, the last ones shorter or absent."""
+    folder.mkdir()
+    for number in range(count):
+        parts, places = {}, {}
+        for name, tensor in state.items():
+            rows = -(-len(tensor) // count)
+            part = tensor[number * rows : (number + 1) * rows]
+            if len(part):
+                parts[name] = part
+                places[name] = {"saved_offsets": [number * rows] + [0] * (tensor.dim() - 1)}
+        metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)}
+        save_file(parts, folder / f"shard-{number + 1:05d}-model-{number + 1:05d}-of-{count:05d}.safetensors", metadata)
 
 
 def write_config(description: dict[str, Any], directory: Path) -> None:

@@ -106,6 +106,21 @@ def moves(root: Path) -> None:
     report("fsdp x 4: largest share of a rank", max(held) / whole, 0.3)
 
 
+def compiled(root: Path) -> None:
+    """Activation checkpointing and torch.compile, alone and together."""
+    options = dict(max_steps=10, eval_every=5, larger=SHAPE)
+    launch(root / "one", 1, worker.train, **options)
+    for mode in ("ddp", "fsdp"):
+        for settings in (
+            dict(activation_checkpointing=True),
+            dict(compile=True),
+            dict(compile=True, activation_checkpointing=True),
+        ):
+            name = f"{mode} x 2, {' and '.join(settings)}"
+            launch(root / name, 2, worker.train, parallel=mode, **settings, **options)
+            report(name, apart(root / "one", root / name), 1e-3)
+
+
 def communication(root: Path) -> None:
     """What crosses the loopback device in a step, beside the plan's formula; exact where nothing else runs there:
     unshare -rn bash -c 'ip link set lo up; python tests/ranks/curves.py communication'."""
@@ -129,7 +144,7 @@ def communication(root: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["float64", "float32", "accumulation", "moves"])
+    parser.add_argument("parts", nargs="*", default=["float64", "float32", "accumulation", "moves", "compiled"])
     options = parser.parse_args()
     several = [(size, mode) for mode in ("ddp", "fsdp") for size in (2, 3, 4)]
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +156,7 @@ def main() -> int:
             elif part == "float32":
                 same_run(root, 200, 1e-3, "float32", [(4, "ddp"), (3, "fsdp")])
             else:
-                {"accumulation": accumulation, "moves": moves, "communication": communication}[part](root)
+                {f.__name__: f for f in (accumulation, moves, compiled, communication)}[part](root)
     print(f"missed: {missed}" if missed else "all within their bounds")
     return 1 if missed else 0
 

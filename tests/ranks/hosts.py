@@ -39,7 +39,9 @@ def start(host: str, out: Path, data: Path, log: Path) -> subprocess.Popen[bytes
     torchrun = ["-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "5"]
     first = next(iter(HOSTS.values()))
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first}:29400", "--rdzv-id", "hosts"]
-    torchrun += ["--rdzv-conf", "join_timeout=300,last_call_timeout=5", "--local-addr", HOSTS[host]]
+    is_host = HOSTS[host] == first  # the machine has but one name
+    conf = f"is_host={is_host},join_timeout=300,last_call_timeout=5"
+    torchrun += ["--rdzv-conf", conf, "--local-addr", HOSTS[host]]
     command = ["ip", "netns", "exec", host, sys.executable, *torchrun, *pretrain(out, data, "ddp")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
     with log.open("ab") as file:
