@@ -16,7 +16,8 @@ help:
 	@echo "make format  format the code"
 	@echo "make fuzz    many random cases of every op against float64 (SEED=0 CASES=2000 ISA=best),"
 	@echo "             200 of every CUDA kernel in the three builds of the emulator, and 5000 damaged checkpoints of every"
-	@echo "             format; FUZZ=ops, FUZZ=emulation or FUZZ=formats for one of them"
+	@echo "             format; FUZZ=ops, FUZZ=emulation or FUZZ=formats for one of them;"
+	@echo "             FUZZ=ranks: many processes, their curves, 30 kills, two hosts (half an hour)"
 	@echo "make bench   whole training steps beside eager PyTorch and, with LLMFAST_PEERS, the peers"
 	@echo "make gpu     with an NVIDIA GPU: build, test, sanitize, tune and measure its kernels (GPU_FLAGS='--minutes 25 --full')"
 	@echo "make gpu-rehearsal   the same stages without a GPU, on the CPU"
@@ -61,6 +62,9 @@ fuzz: $(VENV)/ready
 	$(if $(filter ops,$(FUZZ)),$(BIN)/python -m tests.ops.fuzz --cases $(or $(CASES),2000) --seed $(SEED) --isa $(ISA))
 	$(if $(filter emulation,$(FUZZ)),$(BIN)/python tests/emulation/fuzz.py --cases $(or $(CASES),200) --seed $(SEED))
 	$(if $(filter formats,$(FUZZ)),$(BIN)/python tests/interop/format_fuzz.py --cases $(or $(CASES),5000) --seed $(SEED))
+	$(if $(filter ranks,$(FUZZ)),$(BIN)/python tests/ranks/curves.py)
+	$(if $(filter ranks,$(FUZZ)),$(BIN)/python -m tests.ranks.kills --seed $(SEED))
+	$(if $(filter ranks,$(FUZZ)),$(BIN)/python -m tests.ranks.hosts)
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py

@@ -98,6 +98,8 @@ def parallelize(model: nn.Module, mode: str, ranks: Ranks, device: torch.device)
     """``model``, on ``device``, for all ranks. ``mode``: auto, ddp, fsdp or hsdp; of one rank none matters."""
     if ranks.size == 1:
         return Alone(model)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"several ranks take CPUs or NVIDIA GPUs, not {device.type}: use --device cpu")
     if mode in ("auto", "ddp"):
         return Copies(model, ranks)
     copies = 1

@@ -60,7 +60,8 @@ def same_run(root: Path, steps: int, bound: float, dtype: str, sizes: list[tuple
     alone = launch(root / "one", 1, worker.train, **options)
     for size, mode in sizes:
         name = f"{dtype}, {steps} steps, {size} ranks, {mode}"
-        done = launch(root / name, size, worker.train, parallel=mode, **options)
+        micro = 1 if mode == "hsdp" else 3  # copies of shards are averaged after the last of three
+        done = launch(root / name, size, worker.train, parallel=mode, micro_batch_size=micro, **options)
         report(f"{name}: losses", apart(root / "one", root / name), bound)
         if dtype == "float64":
             report(f"{name}: weights", weights_apart(root / "one", root / name), bound)
