@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ from llmfast.errors import UserError
 T = TypeVar("T")
 FOREVER = timedelta(days=365)
 CONNECT = timedelta(seconds=60)
+BRIEFLY = timedelta(seconds=3)
 
 
 class Ranks:
@@ -110,14 +113,14 @@ def is_first() -> bool:
     return (started() or (0, 1, 0))[0] == 0
 
 
-def mark(what: str) -> None:
-    """Have ``was_marked`` know ``what`` when ``torchrun`` starts the processes of this job again."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        client("marks").set(what, "")
-
-
-def was_marked(what: str) -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ and client("marks").check([what])
+def starter() -> str | None:
+    """The ``torchrun`` that started this process, and starts it again where a rank fails; None for any other."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    pid, began = os.getppid(), "?"
+    with suppress(OSError):  # Linux: numbers of processes repeat
+        began = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {pid} {began}"
 
 
 @functools.cache
@@ -141,10 +144,10 @@ def join() -> Ranks:
     return Ranks(rank, size, local, starts[0])
 
 
-def client(prefix: str) -> dist.Store:
-    """A connection of its own to the store where the ranks find each other, which outlives their restarts."""
+def client(prefix: str, timeout: timedelta = CONNECT) -> dist.Store:
+    """A connection of its own to the store where the ranks find each other, which may outlive their restarts."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=CONNECT)
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
     return dist.PrefixStore(f"llmfast/{prefix}", store)
 
 
@@ -154,7 +157,7 @@ def speaks(message: str) -> bool:
     if found is None or found[1] == 1:
         return True
     try:
-        store = client(f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
+        store = client(f"said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", BRIEFLY)
         return store.add(hashlib.sha256(message.encode()).hexdigest(), 1) == 1
     except (RuntimeError, KeyError, ValueError):
         return True

@@ -82,7 +82,7 @@ def find_checkpoint(path: str | Path, *, prefer: Literal["best", "latest"] = "be
     if (path / layout.MANIFEST_FILE).exists() or path.resolve().name.startswith("step-"):
         _verify(path)
         return path
-    if path.is_file() or (path / layout.MODEL_FILE).exists() or (path / layout.ADAPTER_FILE).exists():
+    if path.is_file() or any((path / n).exists() for n in (layout.MODEL_FILE, layout.ADAPTER_FILE, layout.SHARDS)):
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = [directory for _, directory in layout.checkpoints_in(root)]

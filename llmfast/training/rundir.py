@@ -13,11 +13,12 @@ from llmfast.config import TrainConfig
 from llmfast.data.shards import lock_file
 from llmfast.errors import UserError
 from llmfast.files import write_whole
-from llmfast.ranks import is_first, mark, was_marked
+from llmfast.ranks import is_first, join, starter
 
 CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+STARTERS_FILE = ".starters"
 
 
 class RunDirectory:
@@ -70,16 +71,23 @@ class RunDirectory:
         left_out = {"resume", *getattr(config, "hidden", ())}
         values = {key: value for key, value in dataclasses.asdict(config).items() if key not in left_out}
         write_whole(self.path / CONFIG_FILE, to_toml(values))
-        mark(_run_of(self.path))
+
+    def begin(self) -> None:
+        """Let ``goes_on`` know the run again when ``torchrun`` starts its ranks again; of every machine one does."""
+        own = starter()
+        try:
+            if own is not None:
+                with (self.path / STARTERS_FILE).open("a", encoding="utf-8") as file:
+                    file.write(f"{own}\n")
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; every machine must see the same --out") from None
 
 
 def goes_on(config: TrainConfig) -> bool:
     """Whether to go on with what ``config.out`` holds: as told, or because ``torchrun`` starts the run again."""
-    return config.resume or (was_marked(_run_of(config.out)) and Path(config.out, CONFIG_FILE).exists())
-
-
-def _run_of(path: str | Path) -> str:
-    return f"run {Path(path).resolve()}"
+    own, known = starter(), Path(config.out, STARTERS_FILE)
+    begun = own is not None and known.exists() and own in known.read_text(encoding="utf-8").split("\n")
+    return config.resume or (join().any(begun) and Path(config.out, CONFIG_FILE).exists())
 
 
 def to_toml(values: dict[str, Any]) -> str:

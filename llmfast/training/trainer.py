@@ -187,7 +187,9 @@ class Trainer:
             ranks.agree(done.step, f"the checkpoints of {run.path}: every machine must see the same --out")
         if ranks.first:
             run.write_config(config)
-        else:  # masks of its own
+        if ranks.local == 0:
+            run.begin()
+        if not ranks.first:  # masks of its own
             torch.manual_seed(hash((config.seed, done.step, ranks.rank)))
 
         began = time.perf_counter()

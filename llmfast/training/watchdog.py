@@ -99,8 +99,10 @@ class Watchdog:
                 reached = time.monotonic()
             except (RuntimeError, ValueError):
                 store = None
-                if time.monotonic() - reached > SILENT:
-                    self._end(f"- rank {ranks.rank} has lost the connection to the others")
+                if time.monotonic() - reached > (GONE if self._doing == "lost" else SILENT):
+                    said = f"rank {ranks.rank} has lost the connection to the others; --resume goes on"
+                    print(f"llmfast: error: {said} from what is saved", file=sys.stderr, flush=True)
+                    self._end("-")
         with contextlib.suppress(RuntimeError, ValueError):
             if store is not None:
                 store.set(f"beat/{ranks.rank}", self._beat("end"))
@@ -174,6 +176,7 @@ def _name(rank: int, beat: str) -> str:
 
 
 def _connect(start: str) -> dist.Store:
-    store = client(start)
-    store.set_timeout(timedelta(seconds=SILENT / 2))
+    timeout = timedelta(seconds=SILENT / 4)
+    store = client(start, timeout)
+    store.set_timeout(timeout)
     return store

@@ -44,6 +44,7 @@ def start(host: str, out: Path, data: Path, log: Path) -> subprocess.Popen[bytes
     torchrun += ["--rdzv-conf", conf, "--local-addr", HOSTS[host]]
     command = ["ip", "netns", "exec", host, sys.executable, *torchrun, *pretrain(out, data, "ddp")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else no machine comes back (examples/scale)
     with log.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import worker
+
+from llmfast import interop
+from llmfast.checkpoint import find_checkpoint
 
 LIMIT = 240  # seconds, on a busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,6 +32,11 @@ class Done:
     codes: list[int]  # of each rank; negative: the signal that ended it
     said: list[str]  # by each
     seconds: float
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint, in the type in which they were trained."""
+    return dict(interop.load(find_checkpoint(folder / "run", prefer="latest"))[1])
 
 
 def launch(

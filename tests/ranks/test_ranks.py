@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
+from launching import weights
 
-from llmfast.checkpoint import load_model, verify_checkpoint
+from llmfast.checkpoint import verify_checkpoint
 from llmfast.ranks import Ranks, share
 
 
@@ -18,17 +18,13 @@ def difference(left, right):
     return max(abs(a[key] - b[key]) for a, b in zip(left, right, strict=True) for key in keys if key in a)
 
 
-def weights(path):
-    return load_model(path, dtype=torch.float64).state_dict()
-
-
 @pytest.mark.parametrize(("size", "mode"), [(2, "ddp"), (3, "fsdp")])
 def test_several_ranks_make_the_same_run(launch, metrics, tmp_path, size, mode):
     options = dict(weights="float64", max_steps=20, eval_every=10)
     launch(1, "one", **options)
     launch(size, "several", parallel=mode, **options)
     assert difference(metrics("one"), metrics("several")) < 1e-9
-    one, several = weights(tmp_path / "one" / "run"), weights(tmp_path / "several" / "run")
+    one, several = weights(tmp_path / "one"), weights(tmp_path / "several")
     assert max((one[name] - several[name]).abs().max() for name in one) < 1e-9
     verify_checkpoint(tmp_path / "several" / "run" / "checkpoints" / "step-000020")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import inspect
 import json
@@ -41,6 +42,7 @@ def start(environment, log, *, call, out, options):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(150)
     code = call(out, **options)
     sys.stdout.flush()
     sys.exit(code)
