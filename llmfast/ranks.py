@@ -185,4 +185,7 @@ def share(count: int, rank: int, size: int) -> range:
 def leave() -> None:
     """End the connection, so that no rank waits for this one."""
     if dist.is_available() and dist.is_initialized():
+        # Gloo's thread may still wait for the interpreter to let go of the last tensors: to destroy it meanwhile, which
+        # waits for it and keeps the interpreter, would never end.
+        time.sleep(0.5)
         dist.destroy_process_group()

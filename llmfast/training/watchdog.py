@@ -140,6 +140,9 @@ class _Watch:
         now = time.monotonic()
         parts = {rank: beat.split(" ") for rank, beat in beats.items()}
         lost = lost or any(doing == "lost" for _, _, doing, *_ in parts.values())
+        for rank, (before, when) in self._heard.items():
+            if not before and rank not in beats and lost and now - when > GONE:
+                return f"- rank {rank} is gone"
         for rank, beat in beats.items():
             if beat != self._heard[rank][0]:
                 self._heard[rank] = (beat, now)

@@ -91,7 +91,10 @@ def main() -> None:
         data.write_text(Path(random.__file__).read_text(encoding="utf-8"), encoding="utf-8")
         with Path(folder, "log").open("wb") as log:
             job = subprocess.Popen(
-                command(out, data, options), stderr=log, stdout=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                command(out, data, options),
+                stderr=log,
+                stdout=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             )
             try:
                 for number in range(1, options.kills + 1):
@@ -114,7 +117,10 @@ def main() -> None:
                 job.send_signal(signal.SIGTERM)
                 job.wait(60)
             except BaseException:
-                print(Path(folder, "log").read_text(errors="replace")[-6000:], file=sys.stderr)
+                for pid in children(job.pid):
+                    os.kill(pid, signal.SIGABRT)  # says where it is
+                time.sleep(2)
+                print(Path(folder, "log").read_text(errors="replace")[-9000:], file=sys.stderr)
                 raise
             finally:
                 for pid in children(job.pid):
