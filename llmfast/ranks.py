@@ -136,12 +136,25 @@ def join() -> Ranks:
     if not dist.is_initialized():
         try:
             # The CPU's backend carries what hosts tell each other, also where gradients travel between GPUs.
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, store=_meeting_place(), rank=rank, world_size=size)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} does not reach the others: {error}") from None
     starts: list[Any] = [None] * size
     dist.all_gather_object(starts, f"{os.getpid()} {time.time()}")
     return Ranks(rank, size, local, starts[0])
+
+
+def _meeting_place() -> dist.Store | None:
+    """Where the ranks of one machine meet that ``torchrun`` has started again; None: where PyTorch has them meet.
+
+    PyTorch 2.13 has them meet in the same place every time, where the addresses of the dead are still written. Several
+    machines count their starts differently (docs/scaling.md).
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if not alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return client(f"meeting {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", timedelta(minutes=5))
 
 
 def client(prefix: str, timeout: timedelta = CONNECT) -> dist.Store:

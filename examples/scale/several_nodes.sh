@@ -8,7 +8,7 @@ set -euo pipefail
 : "${MAIN:?the machine where all meet}" "${NODES:?how many machines, or FEWEST:MOST}"
 ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 [ "$ranks" -gt 0 ] || ranks=1
-# Through the store that it shares by default, PyTorch 2.13 lets no machine back in: each waits for the other.
+# In the store that PyTorch 2.13 shares between starts, addresses of dead ranks remain, and newcomers wait forever.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec python -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$ranks" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$MAIN:${PORT:-29400}" --rdzv-id "${JOB:-llmfast}" \
