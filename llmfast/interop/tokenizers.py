@@ -22,8 +22,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer | None:
     GPT-2's is taken for a model of 50257 or 50304 tokens that brings none, where its files are on this machine.
     """
     path = Path(path)
-    file = path / pretrained.WEIGHTS_FILE if pretrained.is_saved(path) else find(path)
-    folder = file.parent
+    file = pretrained.weights_file(path) if pretrained.is_saved(path) else find(path)
+    folder = path if path.is_dir() else file.parent
     if (folder / TOKENIZER_FILE).is_file():
         return load_saved(folder)
     reasons = []

@@ -106,6 +106,11 @@ def is_saved(directory: Path) -> bool:
     return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
 
 
+def weights_file(directory: Path) -> Path:
+    """The file of the weights in what ``save`` writes, or the first of its parts."""
+    return next(iter(sorted((directory / SHARDS).glob("*.safetensors"))), directory / WEIGHTS_FILE)
+
+
 def load(directory: Path, overrides: dict[str, Any]) -> tuple[GPTConfig, Weights]:
     """Config and weights of a saved model."""
     check_overrides(overrides)

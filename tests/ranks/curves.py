@@ -117,21 +117,26 @@ def compiled(root: Path) -> None:
             report(name, apart(root / "one", root / name), 1e-3)
 
 
+def crossed() -> int:
+    """Bytes that the loopback device of this network namespace has sent."""
+    [line] = [line for line in Path("/proc/self/net/dev").read_text().splitlines() if line.strip().startswith("lo:")]
+    return int(line.split()[9])
+
+
 def communication(root: Path) -> None:
     """What crosses the loopback device in a step, beside the plan's formula; exact where nothing else runs there:
     unshare -rn bash -c 'ip link set lo up; python tests/ranks/curves.py communication'."""
-    counter = Path("/sys/class/net/lo/statistics/tx_bytes")
     larger: dict = dict(n_layer=4, n_embd=128, n_head=4)
     for size, mode in ((2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp"), (4, "hsdp")):
         for micro in (4, 2):
             sent = []
             for steps in (5, 25):
                 options = dict(max_steps=steps, batch_size=4 * size, micro_batch_size=micro, eval_every=0)
-                before = int(counter.read_text())
+                before = crossed()
                 launch(
                     root / f"{mode} {size} {micro} {steps}", size, worker.train, parallel=mode, larger=larger, **options
                 )
-                sent.append(int(counter.read_text()) - before)
+                sent.append(crossed() - before)
             measured = (sent[1] - sent[0]) / 20 / size
             predicted = bytes_sent(replace(worker.SHAPE, **larger), sharing(mode, size, 2), 4 // micro)
             what = f"{mode} x {size}, {4 // micro} micro batches"
