@@ -7,6 +7,7 @@ in ``optimizer.safetensors`` as always. Nothing is pickled.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
             if (found := known[name]) != tuple(tensor.shape):
                 raise UserError(f"{path}: {name} is {found}, the model wants {tuple(tensor.shape)}")
         sharded = any(hasattr(tensor, "to_local") for tensor in tensors.values())
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not sharded)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=not sharded)
     except (OSError, CheckpointException) as error:
         raise UserError(f"{path} is not readable: {_reason(error)}") from None
 
