@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_bwd(const Tensor& dout_in, c
   Tensor delta = torch::stable::empty_like(lse);
   LLMFAST_CUDA_CHECK(attention_backward({in.attention, heads(out), heads(dout), floats(lse), floats(delta), dq.heads(),
                                          dk.heads(), dv.heads()},
-                                        device.stream()));
+                                        device.capability(), device.stream()));
   return {dq.done(), dk.done(), dv.done()};
 }
 

@@ -43,8 +43,9 @@ struct AttentionBackward : Attention {
 
 // capability: 10 major + minor of the GPU.
 cudaError_t attention_forward(const AttentionForward& a, int capability, cudaStream_t stream);
-// The kernel of Hopper, where the arguments let it: *taken says whether.
+cudaError_t attention_backward(const AttentionBackward& a, int capability, cudaStream_t stream);
+// The kernels of Hopper, where the arguments let them: *taken says whether.
 cudaError_t attention_forward_sm90(const AttentionForward& a, cudaStream_t stream, bool* taken);
-cudaError_t attention_backward(const AttentionBackward& a, cudaStream_t stream);
+cudaError_t attention_backward_sm90(const AttentionBackward& a, cudaStream_t stream, bool* taken);
 
 }  // namespace llmfast::cuda

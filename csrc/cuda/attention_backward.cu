@@ -196,7 +196,14 @@ __global__ void __launch_bounds__(Backward<T, D>::kThreads) keys_kernel(const At
 
 }  // namespace
 
-cudaError_t attention_backward(const AttentionBackward& a, cudaStream_t stream) {
+cudaError_t attention_backward(const AttentionBackward& a, [[maybe_unused]] int capability, cudaStream_t stream) {
+#if defined(LLMFAST_SM90A) || defined(LLMFAST_EMULATE)
+  if (capability == 90) {
+    bool taken = false;
+    const cudaError_t error = attention_backward_sm90(a, stream, &taken);
+    if (taken) return error;
+  }
+#endif
   return dispatch(a, [&](auto type, auto size, auto dropout) {
     using T = decltype(type);
     constexpr int D = decltype(size)::value;

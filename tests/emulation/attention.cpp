@@ -64,11 +64,15 @@ void test(DType dtype) {
     const size_t rows = size_t(B) * H * Tq;
     Result r{empty(Tq), empty(Tq), empty(Tk), empty(Tk), Buffer(DType::f32, rows), Buffer(DType::f32, rows)};
     attention_forward({a, r.out.heads<MutableHeads>(), r.lse.floats()}, capability, nullptr);
-    const bool hopper = emu::machine.kernel.find("sm90") != std::string::npos;
-    if (hopper != (capability == 90 && dtype != DType::f32 && kv_lens.empty())) throw Mismatch("WRONG choice of a kernel");
+    const auto expect_choice = [&] {
+      const bool hopper = emu::machine.kernel.find("sm90") != std::string::npos;
+      if (hopper != (capability == 90 && dtype != DType::f32 && kv_lens.empty())) throw Mismatch("WRONG choice of a kernel");
+    };
+    expect_choice();
     attention_backward({a, r.out.heads<Heads>(), dout.heads<Heads>(), r.lse.floats(), r.delta.floats(),
                         r.dq.heads<MutableHeads>(), r.dk.heads<MutableHeads>(), r.dv.heads<MutableHeads>()},
-                       nullptr);
+                       capability, nullptr);
+    expect_choice();
     return r;
   };
   Result got = run(0), again = run(pick(0, 1) ? 1 : 2 + pick(0, 1 << 20));
@@ -165,7 +169,7 @@ void compare_huge(int capability, int B, int T, int64_t row, int64_t batch) {
     const Attention a{DType::bf16, heads, 1, T, T, D, 0.125f, {}, nullptr, nullptr, read(q), read(k), read(v)};
     emu::config.only_block = heads - 1;
     attention_forward({a, write(o), lse}, capability, nullptr);
-    attention_backward({a, read(o), read(dout), lse, delta, write(dq), write(dk), write(dv)}, nullptr);
+    attention_backward({a, read(o), read(dout), lse, delta, write(dq), write(dk), write(dv)}, capability, nullptr);
     for (int t = 0; t < T; ++t)
       for (int d = 0; d < D; ++d) {
         const int64_t at = first + t * step + d;

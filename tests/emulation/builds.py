@@ -75,7 +75,7 @@ def cached_test(build: str, sources: list[Path]) -> Path:
 # Drivers NAME.cpp, and the kernels in csrc/cuda/ that each calls.
 DRIVERS = {
     "layer_norm": ["layer_norm"],
-    "attention": ["attention_forward", "attention_sm90", "attention_backward"],
+    "attention": ["attention_forward", "attention_forward_sm90", "attention_backward", "attention_backward_sm90"],
     "cross_entropy": ["cross_entropy"],
     "activation": ["activation"],
     "gemm": ["gemm", "gemm_sm90"],

@@ -87,7 +87,10 @@ class Target:
     more: bool = False  # the rules of MORE too
 
 
-ATTENTION = Target("attention.cpp", ("attention_forward.cu", "attention_sm90.cu", "attention_backward.cu"))
+ATTENTION = Target(
+    "attention.cpp",
+    ("attention_forward.cu", "attention_forward_sm90.cu", "attention_backward.cu", "attention_backward_sm90.cu"),
+)
 GEMM = Target("gemm.cpp", ("gemm.cu", "gemm_sm90.cu"), cases=40)
 TARGETS = {
     "layer_norm.cu": Target("layer_norm.cpp", ("layer_norm.cu",), cases=40),
@@ -98,12 +101,15 @@ TARGETS = {
     "gemm_epilogue.h": GEMM,
     "attention_tile.h": ATTENTION,
     "attention_forward.cu": ATTENTION,
-    "attention_sm90.cu": ATTENTION,
+    "attention_forward_sm90.cu": ATTENTION,
     "attention_backward.cu": ATTENTION,
+    "attention_backward_sm90.cu": ATTENTION,
 }
 
 # (file, rule, the changed line) -> why nothing can object
 HARMLESS: dict[tuple[str, str, str], str] = {
+    ("attention_forward.cu", "off by one", "if (a.scale < 0.f) Mma<T>::negate(f);"): "a scale of zero has no sign",
+    ("attention_forward.cu", "missing mask", "if (tile + 1 < tiles) load_keys(tile + 1);"): "copies zeros once more",
     ("cross_entropy.cu", "off by one", "const int head = misfit == 0 ? 0 : N - misfit < V ? N - misfit : V;"): (
         "where the two are equal, either is right"
     ),
@@ -211,18 +217,21 @@ class Workshop:
 LANES = [("release", 1, {}), ("sanitized", 3, {}), ("race", 7, {}), ("race", 14, {"LLMFAST_RACE_GLOBAL": "1"})]
 
 
+NO_PROGRAM = "no bug: it does not compile"
+
+
 def objection(workshop: Workshop, target: Target, mutant: Mutant | None) -> str | None:
     """The first lane's complaint; None if none has one."""
     with tempfile.TemporaryDirectory(dir=workshop.directory) as name:
         programs: dict[str, Path] = {}
-        for build, share, environment in LANES:
+        for build, share, environment in LANES if mutant else LANES[:1]:  # the tests run the others on it as it is
             try:
                 if build not in programs:
                     programs[build] = workshop.program(build, target, mutant, Path(name))
-            except RuntimeError as error:
+            except RuntimeError:
                 if mutant is None:
                     raise
-                return f"does not compile: {str(error).splitlines()[-1][:80]}"
+                return NO_PROGRAM
             cases = max(1, target.cases // share)
             try:
                 done = run(programs[build], cases, 1, target.dtype, **environment)
@@ -252,13 +261,13 @@ def main() -> int:
                 return 1
             chosen = sample(mutants(file), options.most, random.Random(options.seed))
             said = list(pool.map(lambda mutant, target=target: objection(workshop, target, mutant), chosen))
-            missed = 0
+            missed, planted = 0, sum(what != NO_PROGRAM for what in said)
             for mutant, what in zip(chosen, said, strict=True):
                 why = HARMLESS.get((mutant.file, mutant.rule, mutant.text))
                 missed += what is None and why is None
                 verdict = what or (f"harmless: {why}" if why else "NOT FOUND")
                 print(f"{file}:{mutant.line}: {mutant.rule}: {mutant.text}\n    {verdict}", flush=True)
-            print(f"== {file}: {len(chosen)} mutants of {len({m.rule for m in chosen})} rules, {missed} not found\n")
+            print(f"== {file}: {planted} bugs by {len({m.rule for m in chosen})} rules, {missed} not found\n")
             failures += missed
     return 1 if failures else 0
 

@@ -21,6 +21,10 @@ ALLOWED = {
         16,
         "add_layer_norm of rows that cannot be read in packs: a row and its mask beside the residual's",
     ),
+    r"backward_sm90_kernel<\w+, 128, true, true>": (
+        16,
+        "dk and dv take 128 registers of 240, p and dp 64, Philox wants its own",
+    ),
     r"(keys|queries)_kernel<float, 128,": (
         64,
         "heads above 64: dk and dv take 128 registers, a factor two",
@@ -37,7 +41,7 @@ def compile_one(path: Path, arch: str) -> tuple[list[str], list[str]]:
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
     spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     registers = re.findall(r"Used (\d+) registers", done.stderr)
-    warnings = [line for line in done.stderr.splitlines() if "warning" in line.lower() or "error" in line.lower()]
+    warnings = [line for line in done.stderr.splitlines() if re.search("warning|error|Performance Loss", line, re.I)]
     lines, problems = [], [f"{path.name} sm_{arch}: {line}" for line in warnings]
     if done.returncode or not len(plain) == len(spilled) == len(registers):
         problems.append(f"{path.name} sm_{arch}: does not compile, or says so in an unknown form")

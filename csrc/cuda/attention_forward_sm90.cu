@@ -26,7 +26,7 @@ struct Maps {
 };
 
 template <typename T, int D, bool kDropout>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     forward_sm90_kernel(const __grid_constant__ AttentionForward a, const __grid_constant__ Maps maps, int blocks) {
 #if LLMFAST_SM90_CODE
   using In = Layout<D>;
