@@ -31,7 +31,9 @@ def test_the_products_of_hopper_are_wgmma_on_tiles_brought_by_tma():
     for part in said.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
         code[name] = code.get(name, "") + body  # of every architecture: that for older GPUs than sm_90a is empty
-    kernels = [body for name, body in code.items() if "gemm_sm90_kernel" in name]
-    assert len(kernels) >= 8
+    kernels = [body for name, body in code.items() if "sm90_kernel" in name]
+    attention = [name for name in code if re.search("(for|back)ward_sm90_kernel", name)]
+    assert len(attention) >= 24
+    assert len(kernels) - len(attention) >= 8
     assert all("HGMMA" in body and "UTMALDG" in body for body in kernels)
-    assert [name for name, body in code.items() if "11gemm_kernel" in name and "HMMA" not in body] == []
+    assert [name for name, body in code.items() if re.search("11gemm_kernel|14forward_kernelI.*Attention|(queries|keys)_kernel", name) and "HMMA" not in body] == []
