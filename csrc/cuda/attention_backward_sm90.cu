@@ -12,7 +12,8 @@ namespace llmfast::cuda {
 namespace {
 
 constexpr int kGroups = 2, kRows = 64, kOwn = kGroups * kRows, kStages = 2;  // kRows: of a warpgroup, and of a tile
-constexpr int kThreads = (1 + kGroups) * 128, kRowBytes = kTileRow * 2;
+constexpr int kThreads = (1 + kGroups) * 128;
+[[maybe_unused]] constexpr int kRowBytes = kTileRow * 2;  // of use on sm_90a alone
 
 template <int D>
 struct Layout {  // of shared memory, in bytes: two arrays of own rows, then each stage's two of others

@@ -11,11 +11,11 @@ namespace llmfast::cuda {
 namespace {
 
 constexpr int kGroups = 2, kGroupQueries = 64, kQueries = kGroups * kGroupQueries, kKeys = 128, kStages = 2;
-constexpr int kThreads = (1 + kGroups) * 128, kRowBytes = kTileRow * 2;
+constexpr int kThreads = (1 + kGroups) * 128;
+[[maybe_unused]] constexpr int kRowBytes = kTileRow * 2;  // of use on sm_90a alone
 
 template <int D>
-struct Layout {  // of shared memory, in bytes; a tile of D columns is D / 64 tiles of 64
-  static constexpr int kBoxes = D / kTileRow;
+struct Layout {  // of shared memory, in bytes; a tile of D columns is kBoxes tiles of 64
   static constexpr int kGroupQ = kGroupQueries * D * 2, kTile = kKeys * D * 2;
   static constexpr int kK = kGroups * kGroupQ, kV = kK + kStages * kTile, kBarriers = kV + kStages * kTile;
   static constexpr int kBytes = kBarriers + (1 + 4 * kStages) * 8;
@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     forward_sm90_kernel(const __grid_constant__ AttentionForward a, const __grid_constant__ Maps maps, int blocks) {
 #if LLMFAST_SM90_CODE
   using In = Layout<D>;
+  constexpr int kBoxes = D / kTileRow;
   LLMFAST_DYN_SHARED(unsigned char, shared, 1024);
   uint64_t* full_q = reinterpret_cast<uint64_t*>(shared + In::kBarriers);
   uint64_t *full_k = full_q + 1, *full_v = full_k + kStages, *empty_k = full_v + kStages, *empty_v = empty_k + kStages;
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     fewer_registers<40>();
     if (threadIdx.x > 0 || tiles == 0) return;
     barrier_arrive_expect(full_q, kGroups * In::kGroupQ);
-    for (int i = 0; i < kGroups * In::kBoxes; ++i) {
-      const int group = i / In::kBoxes, box = i % In::kBoxes;
+    for (int i = 0; i < kGroups * kBoxes; ++i) {
+      const int group = i / kBoxes, box = i % kBoxes;
       tma_load_head(shared + i * kGroupQueries * kRowBytes, &maps.q, batch, head, query0 + group * kGroupQueries,
                     box * kTileRow, full_q);
     }
@@ -63,12 +64,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int s = tile % kStages, parity = (tile / kStages & 1) ^ 1;
       barrier_wait(empty_k + s, parity);
       barrier_arrive_expect(full_k + s, In::kTile);
-      for (int box = 0; box < In::kBoxes; ++box)
+      for (int box = 0; box < kBoxes; ++box)
         tma_load_head(shared + In::kK + s * In::kTile + box * kKeys * kRowBytes, &maps.k, batch, head, tile * kKeys,
                       box * kTileRow, full_k + s);
       barrier_wait(empty_v + s, parity);
       barrier_arrive_expect(full_v + s, In::kTile);
-      for (int box = 0; box < In::kBoxes; ++box)
+      for (int box = 0; box < kBoxes; ++box)
         tma_load_head(shared + In::kV + s * In::kTile + box * kKeys * kRowBytes, &maps.v, batch, head, tile * kKeys,
                       box * kTileRow, full_v + s);
     }
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The scores of a tile; of its softmax, what does not touch `weights` and `sum`; and `weights` times its values.
   const auto add_scores = [&](int tile) {
 #pragma unroll
-    for (int box = 0; box < In::kBoxes; ++box) {
+    for (int box = 0; box < kBoxes; ++box) {
       uint64_t left = descriptor_along_k(base + group * In::kGroupQ + box * kGroupQueries * kRowBytes);
       uint64_t right = descriptor_along_k(base + In::kK + tile % kStages * In::kTile + box * kKeys * kRowBytes);
 #pragma unroll
