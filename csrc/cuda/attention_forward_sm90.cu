@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
       add_scores(tile);
       barrier_wait(full_v + before, (tile - 1) / kStages & 1);
+      wgmma_fence();
       add_values(tile - 1);
       wgmma_wait<1>();  // the scores are there
       barrier_arrive(empty_k + s);
