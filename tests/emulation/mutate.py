@@ -72,7 +72,8 @@ MORE: dict[str, list[tuple[str, str]]] = {
     "neighbour's place": [(r"\[(k\w+|2 \* k\w+) \+ (\w+)\]", r"[\2]"), (r"\((full|empty) \+ s\b", r"(\1")],
     "forgotten maximum": [(r"fmaxf\((\w+), \w+\)", r"\1"), (r"      top = x;\n", "")],
     "wrong turn": [(r"step / kStages & 1\b", "0"), (r"(step - 1) % kStages", r"0 % kStages")],
-    "forgotten term": [(r" \* (g\.)?factor\b", ""), (r" \* activate_backward\([^;]*\);", ";")],
+    "forgotten term": [(r" \* (g\.)?factor\b", ""), (r"activate_backward\(\w+, float\([^()]*\)\)", "1.f")],
+    "beside its alignment": [(r"(\w+) \+ at\)", r"\1 + at + 1)")],
 }
 
 
@@ -112,6 +113,13 @@ HARMLESS: dict[tuple[str, str, str], str] = {
     ("attention_forward.cu", "missing mask", "if (tile + 1 < tiles) load_keys(tile + 1);"): "copies zeros once more",
     ("cross_entropy.cu", "off by one", "const int head = misfit == 0 ? 0 : N - misfit < V ? N - misfit : V;"): (
         "where the two are equal, either is right"
+    ),
+    ("cross_entropy.cu", "not zeroed", "float top = kLowest, sum = 0.f, total = 0.f;  // of z log2(e), for exp2"): (
+        "a share whose maximum is kLowest is scaled by 2^-inf where it meets another"
+    ),
+    ("activation.cu", "not zeroed", "in.v[e] = at + e < n ? h[at + e] : T(0.f);"): "beyond n nothing is stored",
+    ("activation.cu", "not zeroed", "if (kBackward) gradient.v[e] = at + e < n ? dh[at + e] : T(0.f);"): (
+        "beyond n nothing is stored"
     ),
     ("gemm_epilogue.h", "off by one", "const int height = rows - first < kGroup ? rows - first : kGroup;"): (
         "where the two are equal, either is right"
