@@ -17,7 +17,8 @@ help:
 	@echo "make fuzz    many random cases of every op against float64 (SEED=0 CASES=2000 ISA=best),"
 	@echo "             200 of every CUDA kernel in the three builds of the emulator, and 5000 damaged checkpoints of every"
 	@echo "             format; FUZZ=ops, FUZZ=emulation or FUZZ=formats for one of them;"
-	@echo "             FUZZ=ranks: many processes, their curves, 30 kills, two hosts (half an hour)"
+	@echo "             FUZZ=ranks: many processes, their curves, 30 kills, two hosts (half an hour);"
+	@echo "             FUZZ=kernels: 300 launches of every Triton kernel on guarded pages, attention of every length"
 	@echo "make bench   whole training steps beside eager PyTorch and, with LLMFAST_PEERS, the peers"
 	@echo "make gpu     with an NVIDIA GPU: build, test, sanitize, tune and measure its kernels (GPU_FLAGS='--minutes 25 --full')"
 	@echo "make gpu-rehearsal   the same stages without a GPU, on the CPU"
@@ -65,6 +66,7 @@ fuzz: $(VENV)/ready
 	$(if $(filter ranks,$(FUZZ)),$(BIN)/python tests/ranks/curves.py)
 	$(if $(filter ranks,$(FUZZ)),$(BIN)/python -m tests.ranks.kills --seed $(SEED))
 	$(if $(filter ranks,$(FUZZ)),$(BIN)/python -m tests.ranks.hosts)
+	$(if $(filter kernels,$(FUZZ)),.ci/triton_lane fuzz --launches $(or $(CASES),300) --seed $(SEED))
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/train_step.py

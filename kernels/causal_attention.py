@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfast.kernels.common import Tuned, dot_precision, dropout_limit, keep
+from llmfast.kernels.common import Tuned, dot_precision, dropout_limit, keep, place
 
 MAX_HEAD_SIZE = 128
 LOG2_E = 1.4426950408889634
@@ -43,6 +43,29 @@ def _load(pointer, rows, stride, columns, limit, D: tl.constexpr, BLOCK_D: tl.co
         return tl.load(at, mask=(columns < D)[None, :], other=0.0)
     else:
         return tl.load(at)
+
+
+@triton.jit
+def _store(pointer, values, rows, stride, columns, limit, D: tl.constexpr):
+    """What ``_load`` would read."""
+    at, inside = place(rows, columns, limit, D, stride)
+    tl.store(pointer + at, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _head(H):
+    """(number, batch row, head) of what this program works on."""
+    which = tl.program_id(1).to(tl.int64)
+    return which, which // H, which % H
+
+
+@triton.jit
+def _keys(kv_lens_ptr, batch, Tk):
+    """How many keys the batch row has."""
+    if kv_lens_ptr is not None:
+        return tl.minimum(tl.load(kv_lens_ptr + batch).to(tl.int32), Tk)
+    else:
+        return Tk
 
 
 @triton.jit
@@ -103,16 +126,12 @@ def _attention_forward(
 ):  # fmt: skip
     # The queries that see most keys first: short blocks fill the gaps at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    which = tl.program_id(1).to(tl.int64)
-    batch, head = which // H, which % H
+    which, batch, head = _head(H)
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head * k_head
     v_ptr += batch * v_batch + head * v_head
     out_ptr += batch * out_batch + head * out_head
-    offset = Tk - Tq
-    keys = Tk
-    if kv_lens_ptr is not None:
-        keys = tl.minimum(tl.load(kv_lens_ptr + batch).to(tl.int32), Tk)
+    offset, keys = Tk - Tq, _keys(kv_lens_ptr, batch, Tk)
     if docs_ptr is not None:
         docs_ptr += batch * Tk
 
@@ -139,9 +158,7 @@ def _attention_forward(
     )  # fmt: skip
     empty = total == 0.0
     out = accumulator / tl.where(empty, 1.0, total)[:, None]
-    inside = (query < Tq)[:, None] & (column < D)[None, :]
-    at = query.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    _store(out_ptr, out, query, out_stride, column, Tq, D)
     lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(lse_ptr + which * Tq + query, lse, mask=query < Tq)
 
@@ -151,8 +168,7 @@ def _attention_delta(
     out_ptr, dout_ptr, delta_ptr, out_batch, out_head, out_stride, dout_batch, dout_head, dout_stride, H, Tq,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    which = tl.program_id(1).to(tl.int64)
-    batch, head = which // H, which % H
+    which, batch, head = _head(H)
     query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
     out_ptr += batch * out_batch + head * out_head
@@ -170,16 +186,12 @@ def _attention_backward_keys(
     H, Tq, Tk, scale, score_scale, drop, gain,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    which = tl.program_id(1).to(tl.int64)
-    batch, head = which // H, which % H
+    which, batch, head = _head(H)
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head * k_head
     v_ptr += batch * v_batch + head * v_head
     dout_ptr += batch * dout_batch + head * dout_head
-    offset = Tk - Tq
-    keys = Tk
-    if kv_lens_ptr is not None:
-        keys = tl.minimum(tl.load(kv_lens_ptr + batch).to(tl.int32), Tk)
+    offset, keys = Tk - Tq, _keys(kv_lens_ptr, batch, Tk)
     if docs_ptr is not None:
         docs_ptr += batch * Tk
 
@@ -209,12 +221,8 @@ def _attention_backward_keys(
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    inside = (key < Tk)[:, None] & (column < D)[None, :]
-    row = key.to(tl.int64)[:, None]
-    dk_ptr += batch * dk_batch + head * dk_head
-    dv_ptr += batch * dv_batch + head * dv_head
-    tl.store(dk_ptr + row * dk_stride + column[None, :], (dk * scale).to(dk_ptr.dtype.element_ty), mask=inside)
-    tl.store(dv_ptr + row * dv_stride + column[None, :], dv.to(dv_ptr.dtype.element_ty), mask=inside)
+    _store(dk_ptr + batch * dk_batch + head * dk_head, dk * scale, key, dk_stride, column, Tk, D)
+    _store(dv_ptr + batch * dv_batch + head * dv_head, dv, key, dv_stride, column, Tk, D)
 
 
 @triton.jit
@@ -226,16 +234,12 @@ def _attention_backward_queries(
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    which = tl.program_id(1).to(tl.int64)
-    batch, head = which // H, which % H
+    which, batch, head = _head(H)
     q_ptr += batch * q_batch + head * q_head
     k_ptr += batch * k_batch + head * k_head
     v_ptr += batch * v_batch + head * v_head
     dout_ptr += batch * dout_batch + head * dout_head
-    offset = Tk - Tq
-    keys = Tk
-    if kv_lens_ptr is not None:
-        keys = tl.minimum(tl.load(kv_lens_ptr + batch).to(tl.int32), Tk)
+    offset, keys = Tk - Tq, _keys(kv_lens_ptr, batch, Tk)
     if docs_ptr is not None:
         docs_ptr += batch * Tk
 
@@ -262,10 +266,7 @@ def _attention_backward_queries(
             dp = tl.where(kept, dp * gain, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq_ptr += batch * dq_batch + head * dq_head
-    at = query.to(tl.int64)[:, None] * dq_stride + column[None, :]
-    inside = (query < Tq)[:, None] & (column < D)[None, :]
-    tl.store(dq_ptr + at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+    _store(dq_ptr + batch * dq_batch + head * dq_head, dq * scale, query, dq_stride, column, Tq, D)
 
 
 def _tiles(*sizes: tuple[int, int, int, int]) -> list[dict[str, int]]:

@@ -49,6 +49,11 @@ class Tuned:
         rows = [row["config"] for row in table(capability).get(self.name, [])]
         return rows + [self.default] * (self.default not in rows)
 
+    def least(self, tile: str) -> int:
+        """The smallest value of ``tile`` in any launch: what a buffer with room for each tile is sized by."""
+        configs = [self.interpreted] if INTERPRET else [*self.configs(capability()), *self.search]
+        return min(config[tile] for config in configs)
+
     def _choose(self, capability: int, dtype: torch.dtype, dims: tuple[tuple[str, int], ...]) -> Config:
         have = {**dict(dims), "dtype": DTYPE_NAMES[dtype]}
         for row in table(capability).get(self.name, []):
@@ -56,28 +61,39 @@ class Tuned:
                 return row["config"]
         return self.default
 
-    def __call__(self, grid: Callable[[Config], tuple[int, ...]], *args: Any, dtype: torch.dtype, dims: Config) -> None:
-        """Launch over ``grid(config)`` blocks with the configuration for ``dtype`` and the sizes ``dims``."""
+    def __call__(
+        self, grid: Callable[[Config], tuple[int, ...]], *args: Any, dtype: torch.dtype, dims: Config,
+        adds_to: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Launch over ``grid(config)`` blocks with the configuration for ``dtype`` and the sizes ``dims``.
+
+        adds_to: a tensor that the kernel adds to, and that a search, which launches often, must not change.
+        """
         if INTERPRET:
             config = self.interpreted
         elif AUTOTUNE and self.search:
-            config = self._search(grid, args, dtype, dims)
+            config = self._search(grid, args, dtype, dims, adds_to)
         else:
             config = self.choose(capability(), dtype, tuple(dims.items()))
         self.kernel[grid(config)](*args, **config)
 
-    def _search(self, grid: Any, args: tuple[Any, ...], dtype: torch.dtype, dims: Config) -> Config:
+    def _search(self, grid: Any, args: Any, dtype: torch.dtype, dims: Config, adds_to: Tensor | None) -> Config:
         key = (dtype, *dims.items())
         if key not in self._tuned:
-            times = {}
-            for i, config in enumerate(self.search):
-                try:
-                    times[i] = triton.testing.do_bench(lambda c=config: self.kernel[grid(c)](*args, **c))
-                except triton.runtime.errors.OutOfResources:
-                    continue
-            best = min(times, key=times.__getitem__) if times else None
-            self._tuned[key] = self.default if best is None else dict(self.search[best])
+            before = None if adds_to is None else adds_to.clone()
+            timed = [(self.milliseconds(grid, args, config), config) for config in (*self.search, self.default)]
+            self._tuned[key] = min(timed, key=lambda pair: pair[0])[1]
+            if adds_to is not None and before is not None:
+                adds_to.copy_(before)
         return self._tuned[key]
+
+    def milliseconds(self, grid: Callable[[Config], tuple[int, ...]], args: tuple[Any, ...], config: Config) -> float:
+        """The median time of a launch; infinity where the GPU or its compiler refuses ``config``."""
+        errors = triton.runtime.errors
+        try:
+            return triton.testing.do_bench(lambda: self.kernel[grid(config)](*args, **config), return_mode="median")
+        except (errors.OutOfResources, errors.PTXASError, triton.CompilationError):
+            return float("inf")
 
 
 def _fits(value: Any, limits: list[Any]) -> bool:
@@ -122,13 +138,31 @@ def dropout_limit(p: float) -> tuple[int, float]:
 
 
 @triton.jit
-def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """(row, column) of output tile number ``pid``, in groups of GROUP tile rows, whose operands stay in L2."""
+def tile_of(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """(tile row, tile column, rows, columns) of this program's tile of an (M, N) output.
+
+    Tiles are numbered in groups of GROUP tile rows, whose operands stay in L2.
+    """
     rows, columns = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP * columns)
+    group = tl.program_id(0) // (GROUP * columns)
     height = tl.minimum(rows - group * GROUP, GROUP)
-    inside = pid % (GROUP * columns)
-    return group * GROUP + inside % height, inside // height
+    inside = tl.program_id(0) % (GROUP * columns)
+    tile_m, tile_n = group * GROUP + inside % height, inside // height
+    return tile_m, tile_n, tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def place(m, n, M, N, stride):
+    """(where, which of them exist) of the rows m and columns n of an (M, N) matrix whose rows are ``stride`` apart."""
+    return m.to(tl.int64)[:, None] * stride + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+
+
+@triton.jit
+def with_bias(tile, bias_ptr, n, N):
+    """A float32 tile plus the elements n of a bias (N,), if there is one."""
+    if bias_ptr is not None:
+        tile += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return tile
 
 
 @triton.jit
@@ -188,13 +222,13 @@ def _column_sum(x_ptr, y_ptr, rows, N, x_row, ADD: tl.constexpr, BLOCK_R: tl.con
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for start in range(tl.program_id(1) * BLOCK_R, rows, tl.num_programs(1) * BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        inside = (row < rows)[:, None] & (columns < N)[None, :]
-        total += tl.load(x_ptr + row.to(tl.int64)[:, None] * x_row + columns[None, :], mask=inside, other=0.0)
-    at = y_ptr + tl.program_id(1).to(tl.int64) * N + columns
+        at, inside = place(row, columns, rows, N, x_row)
+        total += tl.load(x_ptr + at, mask=inside, other=0.0)
+    y_ptr += tl.program_id(1).to(tl.int64) * N + columns
     y = tl.sum(total, 0)
     if ADD:
-        y += tl.load(at, mask=columns < N, other=0.0).to(tl.float32)
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=columns < N)
+        y += tl.load(y_ptr, mask=columns < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), mask=columns < N)
 
 
 def column_sum(x: Tensor, out: Tensor, *, add: bool = False) -> Tensor:

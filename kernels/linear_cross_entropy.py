@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfast.kernels.common import INTERPRET, Tuned, column_sum, dot_precision, tile_of
+from llmfast.kernels.common import INTERPRET, Tuned, column_sum, dot_precision, place, tile_of, with_bias
 from llmfast.kernels.matmul import SAFE, SEARCH, SMALL, product, tiles, walk
 
 CHUNK_ELEMENTS = 1 << 12 if INTERPRET else 1 << 26
@@ -45,17 +45,15 @@ def _logits(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_r, tile_v = tile_of(tl.program_id(0), R, V, BLOCK_M, BLOCK_N, GROUP)
-    r, v = tile_r * BLOCK_M + tl.arange(0, BLOCK_M), tile_v * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, tile_v, r, v = tile_of(R, V, BLOCK_M, BLOCK_N, GROUP)
     z = walk(
         x_ptr, weight_ptr, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), r, v, R, V, C, C, x_row, 1, w_row, w_step,
         BLOCK_K, PRECISION,
     )  # fmt: skip
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+    z = with_bias(z, bias_ptr, v, V)
     if z_ptr is not None:
-        at = r.to(tl.int64)[:, None] * z_row + v[None, :]
-        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=(r < R)[:, None] & (v < z_row)[None, :])
+        at, inside = place(r, v, R, z_row, z_row)
+        tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
     share = tile_v.to(tl.int64) * R + r
     target = tl.load(target_ptr + r, mask=r < R, other=-1).to(tl.int32)
     own = (target >= tile_v * BLOCK_N) & (target < tile_v * BLOCK_N + BLOCK_N)
@@ -79,8 +77,7 @@ def _losses(
     total = tl.zeros([BLOCK_R], tl.float32)
     mean = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, shares, BLOCK_S):
-        at = (start + s).to(tl.int64)[:, None] * R + r[None, :]
-        inside = (start + s < shares)[:, None] & (r < R)[None, :]
+        at, inside = place(start + s, r, shares, R, R)
         tops = tl.load(top_ptr + at, mask=inside, other=float("-inf"))
         totals = tl.load(total_ptr + at, mask=inside, other=0.0)
         top_now = tl.maximum(top, tl.max(tops, 0))
@@ -133,8 +130,7 @@ def forward(
     rows = min(N, max(1, CHUNK_ELEMENTS // V))
     padded = triton.cdiv(V, PAD) * PAD
     z = torch.empty(rows, padded, dtype=x.dtype, device=x.device) if grads else None
-    smallest = min(config["BLOCK_N"] for config in (SAFE, *SEARCH))
-    shares = torch.empty(3, triton.cdiv(V, smallest), rows, **options)
+    shares = torch.empty(3, triton.cdiv(V, _logits_tuned.least("BLOCK_N")), rows, **options)
     lse, at_target = torch.empty(rows, **options), torch.empty(rows, **options)
     factor = row_weight.abs().amax()
     factor = torch.where(factor == 0, 1.0, factor)

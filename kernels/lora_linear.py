@@ -34,7 +34,9 @@ from llmfast.kernels.common import (
     dropout_limit,
     keep,
     multiprocessors,
+    place,
     tile_of,
+    with_bias,
 )
 from llmfast.kernels.matmul import SAFE, SEARCH, SMALL, product, tiles, walk
 
@@ -50,17 +52,16 @@ def _lora_low(
     low = tl.zeros([BLOCK_M, RANK], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        inside = (row < N)[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0)
+        at, inside = place(row, k, N, K, K)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
         if seed_ptr is not None:
             x = tl.where(keep(tl.load(seed_ptr), row.to(tl.int64), start, drop, BLOCK_K), x, 0.0)
         A = tl.load(
             A_ptr + k[:, None] * A_step + j[None, :] * A_row, mask=(k < K)[:, None] & (j < r)[None, :], other=0.0
         )
         low = tl.dot(x.to(A.dtype), A, low, input_precision=PRECISION)
-    tl.store(
-        low_ptr + row.to(tl.int64)[:, None] * r + j[None, :], low * factor, mask=(row < N)[:, None] & (j < r)[None, :]
-    )
+    at, inside = place(row, j, N, r, r)
+    tl.store(low_ptr + at, low * factor, mask=inside)
 
 
 @triton.jit
@@ -69,15 +70,12 @@ def _lora_forward(
     PRECISION: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of(tl.program_id(0), N, M, BLOCK_M, BLOCK_N, GROUP)
-    m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, _, m, n = tile_of(N, M, BLOCK_M, BLOCK_N, GROUP)
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     y = walk(x_ptr, weight_ptr, y, m, n, N, M, K, K, K, 1, w_row, w_step, BLOCK_K, PRECISION)
     y = walk(low_ptr, B_ptr, y, m, n, N, M, r, r, r, 1, B_row, B_step, STEP, PRECISION)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < M, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * M + n[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(m < N)[:, None] & (n < M)[None, :])
+    at, inside = place(m, n, N, M, M)
+    tl.store(y_ptr + at, with_bias(y, bias_ptr, n, M).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,16 +85,15 @@ def _lora_backward_low(
 ):  # fmt: skip
     block = tl.program_id(0)
     row, j = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, RANK)
-    at_low = row.to(tl.int64)[:, None] * r + j[None, :]
-    inside_low = (row < N)[:, None] & (j < r)[None, :]
+    at_low, inside_low = place(row, j, N, r, r)
     if dB_ptr is not None:
         low = tl.load(low_ptr + at_low, mask=inside_low, other=0.0).to(dy_ptr.dtype.element_ty)
         dB_ptr += block.to(tl.int64) * M * r
     dlow = tl.zeros([BLOCK_M, RANK], tl.float32)
     for start in range(0, M, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        inside = (row < N)[:, None] & (n < M)[None, :]
-        dy = tl.load(dy_ptr + row.to(tl.int64)[:, None] * M + n[None, :], mask=inside, other=0.0)
+        at, inside = place(row, n, N, M, M)
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0)
         inside = (n < M)[:, None] & (j < r)[None, :]
         B = tl.load(B_ptr + n[:, None] * B_row + j[None, :] * B_step, mask=inside, other=0.0)
         dlow = tl.dot(dy, B, dlow, input_precision=PRECISION)
@@ -112,15 +109,14 @@ def _lora_backward_input(
     PRECISION: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_k = tile_of(tl.program_id(0), N, K, BLOCK_M, BLOCK_N, GROUP)
-    m, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, tile_k, m, k = tile_of(N, K, BLOCK_M, BLOCK_N, GROUP)
     dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dx = walk(dlow_ptr, A_ptr, dx, m, k, N, K, r, r, r, 1, A_step, A_row, STEP, PRECISION)
     if seed_ptr is not None:
         dx = tl.where(keep(tl.load(seed_ptr), m.to(tl.int64), tile_k * BLOCK_N, drop, BLOCK_N), dx, 0.0)
     dx = walk(dy_ptr, weight_ptr, dx, m, k, N, K, M, M, M, 1, w_step, w_row, BLOCK_K, PRECISION)
-    at = m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=(m < N)[:, None] & (k < K)[None, :])
+    at, inside = place(m, k, N, K, K)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -133,13 +129,13 @@ def _lora_backward_a(
     dA = tl.zeros([BLOCK_K, RANK], tl.float32)  # transposed: wgmma has no rows fewer than 64
     for start in range(share * BLOCK_M, N, shares * BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)
-        inside = (row < N)[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + row.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0.0)
+        at, inside = place(row, k, N, K, K)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
         if seed_ptr is not None:
             kept = keep(tl.load(seed_ptr), row.to(tl.int64), tl.program_id(0) * BLOCK_K, drop, BLOCK_K)
             x = tl.where(kept, x, 0.0).to(x.dtype)
-        at = row.to(tl.int64)[:, None] * r + j[None, :]
-        dlow = tl.load(dlow_ptr + at, mask=(row < N)[:, None] & (j < r)[None, :], other=0.0)
+        at, inside = place(row, j, N, r, r)
+        dlow = tl.load(dlow_ptr + at, mask=inside, other=0.0)
         dA = tl.dot(tl.trans(x), dlow.to(x.dtype), dA, input_precision=PRECISION)
     at = (share.to(tl.int64) * r + j[None, :]) * K + k[:, None]
     tl.store(dA_ptr + at, dA, mask=(k < K)[:, None] & (j < r)[None, :])
@@ -211,7 +207,8 @@ def backward(
             used[:] = [triton.cdiv(N, config["BLOCK_M"])]
             return (used[0],)
 
-        shares = None if dB is None else torch.empty(triton.cdiv(N, 32), M, r, **options)
+        most = triton.cdiv(N, _backward_low_tuned.least("BLOCK_M"))
+        shares = None if dB is None else torch.empty(most, M, r, **options)
         _backward_low_tuned(
             blocks,
             dy, B, low, dlow, shares, N, M, r, *B.stride(), scaling * gain, *_sizes(x, r),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfast.kernels.common import Tuned, dot_precision, tile_of
+from llmfast.kernels.common import Tuned, dot_precision, tile_of, with_bias
 
 
 @triton.jit
@@ -48,16 +48,14 @@ def _product(
     ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
-    m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, _, m, n = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP)
     out = walk(
         a_ptr, b_ptr, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), m, n, A_M, N, A_K, K, a_row, a_step, b_row, b_step,
         BLOCK_K, PRECISION,
     )  # fmt: skip
     if factor_ptr is not None:
         out *= tl.load(factor_ptr)
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    out = with_bias(out, bias_ptr, n, N)
     at = out_ptr + m.to(tl.int64)[:, None] * out_row + n.to(tl.int64)[None, :] * out_step
     inside = (m < M)[:, None] & (n < N)[None, :]
     if ADD:
@@ -98,5 +96,6 @@ def product(
             a, b, bias, factor, out, M, N, K, *a.shape, *a.stride(), *b.stride(), *out.stride(), add,
             dot_precision(a.dtype),
             dtype=b.dtype, dims={"M": M, "N": N, "K": K, "float32_out": int(out.dtype is torch.float32)},
+            adds_to=out if add else None,
         )  # fmt: skip
     return out

@@ -25,7 +25,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfast.kernels.common import Tuned, activate, activate_backward, column_sum, dot_precision, tile_of
+from llmfast.kernels.common import (
+    Tuned,
+    activate,
+    activate_backward,
+    column_sum,
+    dot_precision,
+    place,
+    tile_of,
+    with_bias,
+)
 from llmfast.kernels.matmul import SAFE, SEARCH, SMALL, product, tiles, walk
 
 
@@ -35,16 +44,13 @@ def _hidden(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_r, tile_j = tile_of(tl.program_id(0), N, M, BLOCK_M, BLOCK_N, GROUP)
-    r, j = tile_r * BLOCK_M + tl.arange(0, BLOCK_M), tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    _, _, r, j = tile_of(N, M, BLOCK_M, BLOCK_N, GROUP)
     h = walk(
         x_ptr, weight_ptr, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), r, j, N, M, C, C, C, 1, w_row, w_step, BLOCK_K,
         PRECISION,
     )  # fmt: skip
-    if bias_ptr is not None:
-        h += tl.load(bias_ptr + j, mask=j < M, other=0.0).to(tl.float32)[None, :]
-    at = r.to(tl.int64)[:, None] * M + j[None, :]
-    inside = (r < N)[:, None] & (j < M)[None, :]
+    h = with_bias(h, bias_ptr, j, M)
+    at, inside = place(r, j, N, M, M)
     if h_ptr is not None:
         tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=inside)
     tl.store(a_ptr + at, activate(h, ACTIVATION).to(a_ptr.dtype.element_ty), mask=inside)
@@ -56,14 +62,12 @@ def _hidden_backward(
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_r, tile_j = tile_of(tl.program_id(0), N, M, BLOCK_M, BLOCK_N, GROUP)
-    r, j = tile_r * BLOCK_M + tl.arange(0, BLOCK_M), tile_j * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_r, _, r, j = tile_of(N, M, BLOCK_M, BLOCK_N, GROUP)
     da = walk(
         dy_ptr, weight_ptr, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), r, j, N, M, C, C, C, 1, w_step, w_row, BLOCK_K,
         PRECISION,
     )  # fmt: skip
-    at = r.to(tl.int64)[:, None] * M + j[None, :]
-    inside = (r < N)[:, None] & (j < M)[None, :]
+    at, inside = place(r, j, N, M, M)
     h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if a_ptr is not None:
         tl.store(a_ptr + at, activate(h, ACTIVATION).to(a_ptr.dtype.element_ty), mask=inside)
@@ -113,10 +117,10 @@ def backward(
     if dx is not None or dfc is not None or dfc_bias is not None or dproj is not None:
         dh = torch.empty(N, M, dtype=h.dtype, device=h.device)
         a = None if dproj is None else torch.empty(N, M, dtype=h.dtype, device=h.device)
-        smallest = min(config["BLOCK_M"] for config in (SAFE, *SEARCH))
         sums = None
         if dfc_bias is not None:
-            sums = torch.empty(triton.cdiv(N, smallest), M, dtype=torch.float32, device=h.device)
+            most = triton.cdiv(N, _hidden_backward_tuned.least("BLOCK_M"))
+            sums = torch.empty(most, M, dtype=torch.float32, device=h.device)
         used: list[int] = []
 
         def grid(config):

@@ -44,7 +44,7 @@ def tune(device: torch.device, keep: Callable[[dict[str, Any]], None] = lambda r
         run()
         return 1e3 * (time.perf_counter() - start)
 
-    def search(self: Any, grid: Any, *args: Any, dtype: torch.dtype, dims: dict[str, int]) -> None:
+    def search(self: Any, grid: Any, *args: Any, dtype: torch.dtype, dims: dict[str, int], **options: Any) -> None:
         key = f"{self.name} {dtype} {dims}"
         if key not in found:
             times, failed = [], []
@@ -59,10 +59,10 @@ def tune(device: torch.device, keep: Callable[[dict[str, Any]], None] = lambda r
             name = str(dtype).removeprefix("torch.")
             found[key] = {"kernel": self.name, "dtype": name, "dims": dims, "chosen": chosen, "milliseconds": times}
             found[key] |= {"failed": failed} if failed else {}
-        launch(self, grid, *args, dtype=dtype, dims=dims)
+        launch(self, grid, *args, dtype=dtype, dims=dims, **options)
 
     results = header("tune", device)
-    common.Tuned.__call__ = search
+    common.Tuned.__call__ = search  # type: ignore[method-assign]
     try:
         for op in OPS.values():
             own = [i for i in op.implementations if i.backend == "triton"]
@@ -77,7 +77,7 @@ def tune(device: torch.device, keep: Callable[[dict[str, Any]], None] = lambda r
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     finally:
-        common.Tuned.__call__ = launch
+        common.Tuned.__call__ = launch  # type: ignore[method-assign]
     return results | {"kernels": list(found.values())}
 
 

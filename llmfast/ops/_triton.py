@@ -219,6 +219,19 @@ _SCHEMAS: dict[str, tuple[str, Callable[..., Any]]] = {
 }  # fmt: skip
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current GPU, which need not be that of the tensors."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(first, *args, **kwargs)
+        return function(first, *args, **kwargs)
+
+    return run
+
+
 @functools.lru_cache(maxsize=1)
 def why_not_loaded() -> str | None:
     """Register the ops if they are not yet; the reason if they cannot be, else None."""
@@ -228,7 +241,7 @@ def why_not_loaded() -> str | None:
     _registered = torch.library.Library(NAMESPACE, "DEF")
     for name, (schema, function) in _SCHEMAS.items():
         _registered.define(name + schema)
-        _registered.impl(name, function, "CompositeExplicitAutograd")
+        _registered.impl(name, _on_its_device(function), "CompositeExplicitAutograd")
     for register in _on_load:
         register(NAMESPACE)
     return None
