@@ -41,6 +41,7 @@ class Tuned:
         self.kernel, self.default, self.interpreted, self.search = kernel, default, interpreted, tuple(search)
         self.name: str = kernel.fn.__name__
         self._tuned: dict[Any, Config] = {}
+        self._refused: list[Config] = []  # rows that do not fit this GPU
         self.choose = functools.lru_cache(4096)(self._choose)
         TUNED[self.name] = self
 
@@ -57,7 +58,7 @@ class Tuned:
     def _choose(self, capability: int, dtype: torch.dtype, dims: tuple[tuple[str, int], ...]) -> Config:
         have = {**dict(dims), "dtype": DTYPE_NAMES[dtype]}
         for row in table(capability).get(self.name, []):
-            if all(_fits(have[name], limits) for name, limits in row["when"].items()):
+            if row["config"] not in self._refused and all(_fits(have[k], limits) for k, limits in row["when"].items()):
                 return row["config"]
         return self.default
 
@@ -75,7 +76,14 @@ class Tuned:
             config = self._search(grid, args, dtype, dims, adds_to)
         else:
             config = self.choose(capability(), dtype, tuple(dims.items()))
-        self.kernel[grid(config)](*args, **config)
+        try:
+            self.kernel[grid(config)](*args, **config)
+        except triton.runtime.errors.OutOfResources:  # sm_86 has less shared memory than sm_80, sm_120 than sm_100
+            if config == self.default:
+                raise
+            self._refused.append(config)
+            self.choose.cache_clear()
+            self(grid, *args, dtype=dtype, dims=dims, adds_to=adds_to)
 
     def _search(self, grid: Any, args: Any, dtype: torch.dtype, dims: Config, adds_to: Tensor | None) -> Config:
         key = (dtype, *dims.items())

@@ -70,6 +70,26 @@ def test_a_search_takes_the_fastest_and_leaves_the_sum_alone(on_a_gpu, monkeypat
         assert len(tried) == (3 * len(matmul.SEARCH) + 2 if turn == 1 else 1)
 
 
+def test_a_gpu_with_less_shared_memory_takes_the_default(on_a_gpu, monkeypatch):
+    product, tried = matmul._product_tuned, []
+    monkeypatch.setattr(product, "_refused", [])
+    launch = product.kernel.run
+
+    def run(*args, **config):
+        tried.append(config["BLOCK_M"])
+        if config["BLOCK_M"] > 32:
+            raise triton.runtime.errors.OutOfResources(1, 2, "shared memory")
+        return launch(*args, **config)
+
+    monkeypatch.setattr(product.kernel, "run", run)
+    a, b, out = torch.randn(5, 7), torch.randn(3, 7), torch.empty(5, 3)
+    for _ in range(2):
+        torch.testing.assert_close(matmul.product(a, b, out), a @ b.T)
+    assert tried[0] > 32
+    assert tried[-2:] == [32, 32]
+    product.choose.cache_clear()
+
+
 def test_the_smallest_tiles_are_those_of_any_launch(on_a_gpu):
     for tuned in common.TUNED.values():
         for tile in (name for name in tuned.default if name.startswith("BLOCK")):

@@ -7,6 +7,8 @@ import functools
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -353,3 +355,22 @@ def test_tune_process_says_what_it_did_and_can_be_called_again():
         torch.set_num_threads(threads)
     with pytest.raises(UserError, match="at least 1"):
         ops.tune_process(0)
+
+
+def test_everything_imports_and_runs_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+import llmfast
+from llmfast import ops
+from llmfast.ops import _triton
+from llmfast.ops._registry import OPS
+for op in OPS.values():
+    op.function(**op.inputs(op.samples[0], torch.float32, "cpu"))
+ops.describe()
+assert _triton.unavailable(torch.device("cuda")) == ["triton is not installed"]
+assert not any(name.startswith("llmfast.kernels") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
