@@ -17,9 +17,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
 def assert_close(ours, exact, dtype, where):
-    norm = float(exact.double().norm())
-    error = float((ours.double() - exact.double()).norm())
-    assert error <= TOLERANCE[dtype] * norm + 1e-30, f"{where}: {error / norm if norm else error:.1e}"
+    error = norm(ours.double() - exact.double())
+    assert error <= TOLERANCE[dtype] * norm(exact), f"{where}: {error / norm(exact):.1e}"
 
 
 @triton.jit
@@ -38,17 +37,24 @@ def test_canary_the_interpreter_computes_bfloat16():
 
 
 def errors(name, inputs, dtype):
+    """Within TOLERANCE. Where a gradient cancels, as with two keys of which one has all the weight, nobody's relative
+    error is small: there the rule of tests/ops counts, twice PyTorch's own error."""
     op = OPS[name]
     doubles = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     exact = _verify.outputs_and_gradients(op.reference, doubles)
     with use_backend(f"{name}=triton"):
         ours = _verify.outputs_and_gradients(op.function, inputs)
-    largest = max(float(value.double().norm()) for value in exact.values())
+    largest = max(norm(t) for t in (*exact.values(), *doubles.values()) if isinstance(t, torch.Tensor))
     for key, value in ours.items():
-        if float(exact[key].norm()) > 1e-9 * largest:
-            assert_close(value, exact[key], dtype, key)
-        else:  # a gradient that cancels: there is nothing to be relative to
-            assert float(value.double().norm()) <= TOLERANCE[dtype] * largest, key
+        error, size = norm(value - exact[key]), norm(exact[key])
+        if error > TOLERANCE[dtype] * size:
+            assert size < largest / 4, f"{key}: {error / size:.1e}"
+            worst, where = _verify.Standard(op, inputs, dtype).worst(ours)
+            assert worst <= 1, f"{where}: {worst:.2f} times the allowed error"
+
+
+def norm(t):
+    return float(t.double().norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,9 @@ import torch
 from llmfast.ops import _triton
 
 raw = torch.ops.llmfast_triton
-SEED = torch.tensor(5)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # part of the names, by which tools/gpu.py chooses
+pytestmark = pytest.mark.parametrize("device", [DEVICE])
+SEED = torch.tensor(5, device=DEVICE)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -17,7 +19,7 @@ def _registered():
 
 
 def randn(*shapes, dtype=torch.float32):
-    return [torch.randn(*shape).to(dtype).requires_grad_() for shape in shapes]
+    return [torch.randn(*shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
 def detached(*values):
@@ -34,7 +36,7 @@ def check(forward, backward, inputs, of_backward):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_norms(dtype):
+def test_layer_norms(device, dtype):
     inputs = (*randn((3, 5, 17), (17,), (17,), dtype=dtype), 1e-5)
     check(raw.layer_norm_fwd, raw.layer_norm_bwd, inputs, lambda i, o: (o[0], i[0], i[1], o[1], o[2], True))
     x, residual, w, b = randn((3, 5, 17), (3, 5, 17), (17,), (17,), dtype=dtype)
@@ -47,8 +49,8 @@ def test_layer_norms(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention(dtype):
-    rest = (0.3, 0.2, SEED, torch.tensor([4, 7]), torch.arange(14).view(2, 7) // 3)
+def test_attention(device, dtype):
+    rest = (0.3, 0.2, SEED, torch.tensor([4, 7], device=device), torch.arange(14, device=device).view(2, 7) // 3)
     inputs = (*randn((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8), dtype=dtype), *rest)
     check(
         raw.causal_attention_fwd,
@@ -59,13 +61,13 @@ def test_attention(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mlp(dtype):
+def test_mlp(device, dtype):
     inputs = (*randn((2, 3, 5), (7, 5), (7,), (4, 7), (4,), dtype=dtype), "gelu", dtype, True)
     check(raw.mlp_fwd, raw.mlp_bwd, inputs, lambda i, o: (o[0], i[0], o[1], i[1], i[3], "gelu", 0b11111))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora(dtype):
+def test_lora(device, dtype):
     options = (0.5, 0.3, SEED, dtype)
     inputs = (*randn((2, 3, 5), (7, 5), (7,), (2, 5), (7, 2), dtype=dtype), *options)
     check(
@@ -77,7 +79,18 @@ def test_lora(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss(dtype):
+def test_loss(device, dtype):
     x, weight, bias = detached(*randn((6, 8), (11, 8), (11,), dtype=dtype))
-    arguments = (x, weight, bias, torch.arange(6), torch.ones(6), 0.1, dtype, True, True, True)
+    arguments = (
+        x,
+        weight,
+        bias,
+        torch.arange(6, device=device),
+        torch.ones(6, device=device),
+        0.1,
+        dtype,
+        True,
+        True,
+        True,
+    )
     torch.library.opcheck(raw.linear_cross_entropy.default, arguments)
