@@ -51,9 +51,9 @@ class Tuned:
         return rows + [self.default] * (self.default not in rows)
 
     def least(self, tile: str) -> int:
-        """The smallest value of ``tile`` in any launch: what a buffer with room for each tile is sized by."""
-        configs = [self.interpreted] if INTERPRET else [*self.configs(capability()), *self.search]
-        return min(config[tile] for config in configs)
+        """The smallest value of ``tile`` in any launch anywhere: what a buffer with room for each tile is sized by."""
+        rows = [row["config"] for number in architectures() for row in table(number).get(self.name, [])]
+        return min(config[tile] for config in (self.interpreted, self.default, *self.search, *rows))
 
     def _choose(self, capability: int, dtype: torch.dtype, dims: tuple[tuple[str, int], ...]) -> Config:
         have = {**dict(dims), "dtype": DTYPE_NAMES[dtype]}
@@ -109,11 +109,16 @@ def _fits(value: Any, limits: list[Any]) -> bool:
 
 
 @functools.cache
+def architectures() -> list[int]:
+    """Those that have a file of configurations."""
+    return [int(path.stem.removeprefix("sm")) for path in CONFIGS.glob("sm*.json")]
+
+
+@functools.cache
 def table(capability: int) -> dict[str, list[dict[str, Any]]]:
     """The rows of the newest architecture that is not newer than ``capability``."""
-    files = {int(path.stem.removeprefix("sm")): path for path in CONFIGS.glob("sm*.json")}
-    older = [number for number in files if number <= capability]
-    return json.loads(files[max(older)].read_text(encoding="utf-8")) if older else {}
+    older = [number for number in architectures() if number <= capability]
+    return json.loads((CONFIGS / f"sm{max(older)}.json").read_text(encoding="utf-8")) if older else {}
 
 
 def capability() -> int:

@@ -39,7 +39,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(common, "capability", lambda: 90)
     times = iter(range(1000, 0, -1))
 
-    def benchmark(run, return_mode):
+    def benchmark(run, **options):
         for _ in range(3):
             run()
         return float(next(times))
@@ -94,20 +94,19 @@ def test_the_smallest_tiles_are_those_of_any_launch(on_a_gpu):
     for tuned in common.TUNED.values():
         for tile in (name for name in tuned.default if name.startswith("BLOCK")):
             least = tuned.least(tile)
-            assert all(least <= config[tile] for config in (*tuned.configs(90), *tuned.search))
+            configs = (*tuned.configs(80), *tuned.configs(90), *tuned.configs(100), *tuned.search, tuned.interpreted)
+            assert all(least <= config[tile] for config in configs)
 
 
-def test_the_tuner_times_every_shipped_configuration(on_a_gpu, monkeypatch, tmp_path):
-    """``llmfast.bench.tune`` on small shapes: a record a launch, written as they come."""
+def test_the_tuner_times_every_shipped_configuration(on_a_gpu, monkeypatch):
+    """``llmfast.bench.tune`` on small shapes: a record a launch."""
     shapes = {"layer_norm": [{"rows": (2,), "width": 5}], "lora_linear": [{"rows": (2,), "K": 5, "N": 4, "r": 2}]}
     for op in tune.OPS.values():
         monkeypatch.setattr(op, "gpu_samples", shapes.get(op.name, []))
-    out = tmp_path / "tuned.json"
-    results = tune.tune(torch.device("cpu"), out)
-    assert out.read_text()
+    results = tune.tune(torch.device("cpu"))
     kernels = {record["kernel"] for record in results["kernels"]}
     assert {"_layer_norm_forward", "_layer_norm_backward", "_lora_low", "_lora_forward", "_lora_backward_a"} <= kernels
     for record in results["kernels"]:
         configs = common.TUNED[record["kernel"]].configs(90)
         assert sorted(map(str, configs)) == sorted(str(config) for _, config in record["milliseconds"])
-        assert tune.described(record)
+        assert "failed" not in record
