@@ -44,11 +44,12 @@ def errors(name, inputs, dtype):
     exact = _verify.outputs_and_gradients(op.reference, doubles)
     with use_backend(f"{name}=triton"):
         ours = _verify.outputs_and_gradients(op.function, inputs)
-    largest = max(norm(t) for t in (*exact.values(), *doubles.values()) if isinstance(t, torch.Tensor))
+    largest = max(map(norm, exact.values()))
     for key, value in ours.items():
         error, size = norm(value - exact[key]), norm(exact[key])
         if error > TOLERANCE[dtype] * size:
-            assert size < largest / 4, f"{key}: {error / size:.1e}"
+            cancels = key.startswith("d ") and size < largest / 4
+            assert cancels or not size, f"{key}: {error / size:.1e}"
             worst, where = _verify.Standard(op, inputs, dtype).worst(ours)
             assert worst <= 1, f"{where}: {worst:.2f} times the allowed error"
 
