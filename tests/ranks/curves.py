@@ -33,11 +33,11 @@ def curve(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
 
 
-def apart(left: Path, right: Path) -> float:
+def apart(left: Path, right: Path, keys: tuple[str, ...] = ("loss", "val_loss")) -> float:
     """The largest difference of losses."""
     a, b = curve(left), curve(right)
     assert [line["step"] for line in a] == [line["step"] for line in b]
-    return max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True) for key in ("loss", "val_loss") if key in x)
+    return max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True) for key in keys if key in x)
 
 
 def weights_apart(left: Path, right: Path) -> float:
@@ -57,7 +57,8 @@ def same_run(root: Path, steps: int, bound: float, dtype: str, sizes: list[tuple
         name = f"{dtype}, {steps} steps, {size} ranks, {mode}"
         micro = 1 if mode == "hsdp" else 3  # copies of shards are averaged after the last of three
         done = launch(root / name, size, worker.train, parallel=mode, micro_batch_size=micro, **options)
-        report(f"{name}: losses", apart(root / "one", root / name), bound)
+        keys = ("loss", "val_loss") if micro == 3 else ("loss",)  # evaluations are cut into micro batches
+        report(f"{name}: losses", apart(root / "one", root / name, keys), bound)
         if dtype == "float64":
             report(f"{name}: weights", weights_apart(root / "one", root / name), bound)
         print(f"    order of samples {order(done)[:16]}, on one {order(alone)[:16]}")
