@@ -104,7 +104,8 @@ class Trained:
             keep_pages()
         config = GPT2Config(
             vocab_size=shape.vocab_size, n_embd=shape.n_embd, n_layer=shape.n_layer, n_head=shape.n_head,
-            num_labels=2, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            num_labels=2, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
         adapters = LoraConfig(
             task_type="SEQ_CLS", r=RANK, lora_alpha=RANK, target_modules=["c_attn", "c_proj", "c_fc"],

@@ -60,11 +60,13 @@ def _bench(found: dict[str, Any]) -> str:
 
 
 def _medians(found: dict[str, Any]) -> str:
-    """What train_step.py and decode.py record: the medians of every provider, and the targets."""
-    tokens = found.get("tokens", 1)
-    lines = ["| provider | ms | tokens/s | MB beyond weights, gradients, moments |", "|---|---|---|---|"]
+    """What train_step.py, decode.py and lora.py record: the medians of every provider, and the targets."""
+    tokens, facts = found.get("tokens", 1), found.get("facts", {})
+    whole = any("peak bytes" in fact for fact in facts.values())
+    header = "peak MB of a step, weights and all" if whole else "MB beyond weights, gradients, moments"
+    lines = [f"| provider | ms | tokens/s | {header} |", "|---|---|---|---|"]
     for name, seconds in found["median"].items():
-        extra = found.get("facts", {}).get(name, {}).get("extra")
+        extra = facts.get(name, {}).get("peak bytes" if whole else "extra")
         memory = f"{extra / 1e6:.0f}" if extra is not None else ""
         lines.append(f"| {name} | {seconds * 1e3:.2f} | {tokens / seconds:,.0f} | {memory} |")
     for row in found.get("targets", []):
