@@ -62,6 +62,10 @@ FLAGS = {
     "unknown tokenizer": ("pretrain --tokenizer gpt3", "unknown tokenizer 'gpt3' (did you mean gpt2?)"),
     "resume before the run has begun": ("pretrain --resume --out {x}", "holds no run that has begun"),
     "nothing to resume": ("pretrain --resume --out {x}/none", "nothing to resume: there is no"),
+    "nothing to resume in a fine-tuning": (
+        "finetune classify --resume --out {x}/none",
+        "--resume: there is no run in {x}/none to go on with",
+    ),
     "no such configuration": ("pretrain --config {x}/none.toml", "none.toml: No such file or directory"),
     "folder for a configuration": ("pretrain --config {x}", "Is a directory"),
     "mistake where JSON is asked for": ("evaluate --checkpoint {x}/none --json", "no such checkpoint"),

@@ -67,6 +67,7 @@ def test_without_a_seed_all_come_in_order():
         (dict(val_fraction=-0.1), "val_fraction"),
         (dict(max_length=0), "max_length must be at least 1"),
         (dict(lora_r=0), "lora_r"),
+        (dict(dropout=2.0), r"^dropout must lie in \[0, 1\), got 2.0"),
         (dict(patience=0), "patience must be at least 1"),
         (dict(out="nowhere", resume=True), "nothing to resume"),
     ],
