@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,18 +187,19 @@ class Workshop:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.parts: dict[tuple[str, str], Path] = {}
+        self.lock = threading.Lock()  # a part is compiled once
 
     def part(self, build: str, source: Path) -> Path:
         """The object of an unchanged source."""
         key = (build, source.name)
-        if key not in self.parts:
-            out = self.directory / f"{build}-{source.name}.o"
-            flags = BUILDS[build][0 if source.suffix == ".cu" else 1].split()
-            text = one_type(source.read_text(encoding="utf-8"))
-            copy = self.directory / source.name
-            copy.write_text(text, encoding="utf-8")
-            gcc(*flags, f"-I{CSRC}", f"-I{HERE}", f"-I{source.parent}", "-x", "c++", "-c", copy, "-o", out)
-            self.parts[key] = out
+        with self.lock:
+            if key not in self.parts:
+                out = self.directory / f"{build}-{source.name}.o"
+                flags = BUILDS[build][0 if source.suffix == ".cu" else 1].split()
+                copy = self.directory / source.name
+                copy.write_text(one_type(source.read_text(encoding="utf-8")), encoding="utf-8")
+                gcc(*flags, f"-I{CSRC}", f"-I{HERE}", f"-I{source.parent}", "-x", "c++", "-c", copy, "-o", out)
+                self.parts[key] = out
         return self.parts[key]
 
     def program(self, build: str, target: Target, mutant: Mutant | None, folder: Path) -> Path:
@@ -268,9 +270,10 @@ def main() -> int:
                 print(f"{file} as it is: {clean}")
                 return 1
             chosen = sample(mutants(file), options.most, random.Random(options.seed))
-            said = list(pool.map(lambda mutant, target=target: objection(workshop, target, mutant), chosen))
-            missed, planted = 0, sum(what != NO_PROGRAM for what in said)
+            said = pool.map(lambda mutant, target=target: objection(workshop, target, mutant), chosen)
+            missed = planted = 0
             for mutant, what in zip(chosen, said, strict=True):
+                planted += what != NO_PROGRAM
                 why = HARMLESS.get((mutant.file, mutant.rule, mutant.text))
                 missed += what is None and why is None
                 verdict = what or (f"harmless: {why}" if why else "NOT FOUND")
