@@ -62,7 +62,7 @@ def tune(device: torch.device, keep: Callable[[dict[str, Any]], None] = lambda r
         launch(self, grid, *args, dtype=dtype, dims=dims, **options)
 
     results = header("tune", device)
-    common.Tuned.__call__ = search  # type: ignore[method-assign]
+    common.Tuned.__call__ = search
     try:
         for op in OPS.values():
             own = [i for i in op.implementations if i.backend == "triton"]
@@ -77,7 +77,7 @@ def tune(device: torch.device, keep: Callable[[dict[str, Any]], None] = lambda r
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
     finally:
-        common.Tuned.__call__ = launch  # type: ignore[method-assign]
+        common.Tuned.__call__ = launch
     return results | {"kernels": list(found.values())}
 
 

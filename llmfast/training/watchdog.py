@@ -83,7 +83,7 @@ class Watchdog:
         watched = list(range(ranks.size)) if ranks.first else [0] if ranks.rank == 1 else []
         watch = _Watch(watched, self._patience)
         store, reached, beat = None, time.monotonic(), 0
-        while not self._done.wait(BEAT):
+        while not self._done.wait(BEAT if beat else 0):  # the first at once: a rank is named by its beat
             beat += 1
             try:
                 store = store or _connect(ranks.start)
