@@ -42,6 +42,7 @@ def run(options: Options) -> int:
 
     from llmfast import interop
     from llmfast.checkpoint import find_checkpoint, is_adapter, load_model, load_tokenizer_of
+    from llmfast.checkpoint.layout import files_in
     from llmfast.tokenizer import load_tokenizer
 
     overrides = dict(_setting(word) for word in options.set)
@@ -60,8 +61,7 @@ def run(options: Options) -> int:
         shards=options.shards,
         **overrides,
     )
-    names = sorted(file for file in path.rglob("*") if file.is_file())
-    files = {str(file.relative_to(path)): file.stat().st_size for file in names}
+    files = {str(file.relative_to(path)): file.stat().st_size for file in files_in(path)}
     if options.json:
         print_json({"path": str(path), "format": options.to, "files": files})
     else:

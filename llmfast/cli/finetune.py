@@ -16,8 +16,10 @@ def default_config(given: dict[str, Any]) -> Path | None:
     """The file whose options a resume repeats: the run's own."""
     out = given.get("out", FinetuneConfig.out)
     path = Path(out, "config.toml")
-    if not given.get("resume") or path.exists():
-        return path if given.get("resume") else None
+    if not given.get("resume"):
+        return None
+    if path.exists():
+        return path
     if "checkpoint" not in given:
         raise UserError(f"--resume: there is no run in {out} to go on with; name the folder of the run by --out")
     return None

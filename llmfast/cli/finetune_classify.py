@@ -29,7 +29,10 @@ def run_classify(options: ClassifyOptions) -> int:
     check_backend(options.backend, device, choose_dtype(options.dtype, device), loss=False)
     result = finetune_classify(options)
     if is_first():
-        print_json(result.to_dict()) if options.json else print(render(result))
+        if options.json:
+            print_json(result.to_dict())
+        else:
+            print(render(result))
     leave()
     interrupted = result.training.interrupted
     return 128 + signal.Signals[interrupted] if interrupted else 0

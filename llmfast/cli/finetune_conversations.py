@@ -48,12 +48,11 @@ def _run(task: str, options: Any, finetune: Any) -> int:
     device = choose_device(options.device)
     check_backend(options.backend, device, choose_dtype(options.dtype, device), loss=True)
     result, responses = finetune(dataclasses.replace(options, json=False))
-    if not is_first():
-        pass
-    elif options.json:
-        print_json({**result.to_dict(), "responses": None if responses is None else str(responses)})
-    else:
-        print(table(_rows(task, options, result, responses)))
+    if is_first():
+        if options.json:
+            print_json({**result.to_dict(), "responses": None if responses is None else str(responses)})
+        else:
+            print(table(_rows(task, options, result, responses)))
     leave()
     return 128 + signal.Signals[result.interrupted] if result.interrupted else 0
 

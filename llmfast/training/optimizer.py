@@ -64,10 +64,9 @@ class AdamW(torch.optim.Optimizer):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["step"] = self._counts.setdefault(p.device, state["step"])
-                columns = (p, state["exp_avg"], state["exp_avg_sq"], state["step"])
-                for column, tensor in zip(lists, columns, strict=False):
-                    column.append(local(tensor))
-                lists[-1].append(p)
+                parts = map(local, (p, state["exp_avg"], state["exp_avg_sq"], state["step"]))
+                for column, tensor in zip(lists, (*parts, p), strict=True):
+                    column.append(tensor)
             self._lists.append(lists)
         tensors = [t for parameters, averages, squares, *_ in self._lists for t in (*parameters, *averages, *squares)]
         self._native = _update.takes(tensors)

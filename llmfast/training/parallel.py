@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,30 @@ from torch import Tensor, nn
 
 from llmfast.errors import UserError
 from llmfast.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ``world_size`` ranks share a model: ``copies`` of it, each in ``shards``."""
+
+    mode: str
+    world_size: int
+    copies: int
+    shards: int
+
+
+def sharing(mode: str, world_size: int, ranks_per_machine: int) -> Sharing:
+    """What ``--parallel`` makes of so many ranks; ``UserError`` where it cannot."""
+    if world_size < 1 or ranks_per_machine < 1:
+        raise UserError("world_size and ranks_per_machine must be at least 1")
+    if mode == "fsdp":
+        return Sharing(mode, world_size, 1, world_size)
+    if mode == "hsdp":
+        shards = min(ranks_per_machine, world_size)
+        if world_size % shards:
+            raise UserError(f"hsdp shards inside each machine, and {world_size} ranks are no multiple of {shards}")
+        return Sharing(mode, world_size, world_size // shards, shards)
+    return Sharing("ddp", world_size, world_size, 1)
 
 
 class Alone:
@@ -58,7 +83,7 @@ class Shards(Alone):
 
     shards = True
 
-    def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device, *, copies: int) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device, copies: int) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
@@ -100,15 +125,8 @@ def parallelize(model: nn.Module, mode: str, ranks: Ranks, device: torch.device)
         return Alone(model)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"several ranks take CPUs or NVIDIA GPUs, not {device.type}: use --device cpu")
-    if mode in ("auto", "ddp"):
-        return Copies(model, ranks)
-    copies = 1
-    if mode == "hsdp":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-        if ranks.size % local:
-            raise UserError(f"hsdp shards inside each machine, and {ranks.size} ranks are no multiple of {local}")
-        copies = ranks.size // local
-    return Shards(model, ranks, device, copies=copies)
+    shared = sharing(mode, ranks.size, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size)))
+    return Copies(model, ranks) if shared.shards == 1 else Shards(model, ranks, device, shared.copies)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -16,6 +16,7 @@ import torch
 from llmfast.config import GPTConfig, TrainConfig
 from llmfast.errors import UserError
 from llmfast.training.device import GPUS, choose_device, choose_dtype, peak_flops
+from llmfast.training.parallel import Sharing, sharing
 from llmfast.training.settings import check
 
 # Share of the matmul rate that a whole training step reaches: on a CPU against the rate measured here, on a GPU
@@ -218,30 +219,6 @@ def measure_matmul(dtype: torch.dtype, size: int = 768, seconds: float = 0.1) ->
 
 # ---- Several ranks: P parameters, of which P_b in one block and P_r in no block; W ranks, of which S share one set of
 # parameters; R = W / S sets. All in float32, 4 bytes.
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How ``world_size`` ranks share a model: ``copies`` of it, each in ``shards``."""
-
-    mode: str
-    world_size: int
-    copies: int
-    shards: int
-
-
-def sharing(mode: str, world_size: int, ranks_per_machine: int) -> Sharing:
-    """What ``--parallel`` makes of so many ranks; ``UserError`` where it cannot."""
-    if world_size < 1 or ranks_per_machine < 1:
-        raise UserError("world_size and ranks_per_machine must be at least 1")
-    if mode == "fsdp":
-        return Sharing(mode, world_size, 1, world_size)
-    if mode == "hsdp":
-        local = min(ranks_per_machine, world_size)
-        if world_size % local:
-            raise UserError(f"hsdp shards inside each machine, and {world_size} ranks are no multiple of {local}")
-        return Sharing(mode, world_size, world_size // local, local)
-    return Sharing("ddp", world_size, world_size, 1)
 
 
 def memory_of_a_rank(memory: Memory, model: GPTConfig, ranks: Sharing) -> Memory:

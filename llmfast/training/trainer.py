@@ -175,8 +175,7 @@ class Trainer:
         model.activation_checkpointing = config.activation_checkpointing  # type: ignore[assignment]
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError("nothing to train: no parameter of the model requires a gradient")
-        parallel = parallelize(model, config.parallel, ranks, self.device)
-        self.parallel = parallel
+        self.parallel = parallel = parallelize(model, config.parallel, ranks, self.device)
         runs = torch.compile(parallel.runs) if config.compile else parallel.runs
         optimizer = build_optimizer(model, config)
         update = Update(optimizer, config.grad_clip, self.device, self.dtype, parallel)
@@ -208,7 +207,7 @@ class Trainer:
                     group["lr"] = lr
 
                 # The gradients of one optimizer step, over as many micro batches as it takes.
-                loss, tokens, divisor, sums = self._gradients(runs, parallel, update, done.position)
+                loss, tokens, divisor, sums = self._gradients(runs, update, done.position)
                 norm = update.apply(done.step, loss, divisor)  # raises before it changes a weight
                 optimizer.zero_grad(set_to_none=True)
 
@@ -296,7 +295,7 @@ class Trainer:
         save = functools.partial(save_checkpoint, run.checkpoints, done.step, **options)
         return self.ranks.gather(self.ranks.succeed(save if self.ranks.first else lambda: None))[0]
 
-    def _gradients(self, model: Any, parallel: Alone, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
+    def _gradients(self, model: Any, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
         """Leave ``divisor`` times the step's gradients in ``.grad``: (mean loss, tokens, divisor, sums).
 
         Each micro batch is weighted by its share of the tokens. How many there are is known only after the last one,
@@ -308,7 +307,7 @@ class Trainer:
         tokens, unit = 0, self.batch_size * (self.block_size if self.unit == "token" else 1)
         for number, (batch, counts) in enumerate(self.own.of_step(position), 1):
             self.watchdog.progress()
-            with parallel.backward(last=number == self.own.count):
+            with self.parallel.backward(last=number == self.own.count):
                 with self._autocast():
                     loss, count, *measured = self.loss_fn(model, self._to_device(batch))
                 count = count if counts else 0
@@ -326,7 +325,7 @@ class Trainer:
             raise TrainingError(f"every target of the samples from {position} on is masked: nothing to learn from")
         whole = tokens / unit
         total = self.ranks.sum_tensor(total.to(loss.dtype))  # of the same type on a rank that had no token
-        return (total if whole == 1.0 else total / whole), tokens, whole / parallel.mean_of, sums
+        return (total if whole == 1.0 else total / whole), tokens, whole / self.parallel.mean_of, sums
 
     @torch.no_grad()
     def _evaluate(self, model: Any, batches: EvalBatches | None, stop: StopRequest, prefix: str = "") -> dict[str, Any]:

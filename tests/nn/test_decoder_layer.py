@@ -139,16 +139,22 @@ def test_gradients_of_one_adapter_are_those_of_all(trained, part, fused_calls):
     assert fused_calls == [2]
 
 
+def seeded_runs(layer, x, b, bf16, single):
+    """Twice in one call, by the ops one by one (the setting ``single``), and in one call from another seed."""
+    runs = []
+    for backend, seed in (("cpp", 5), ("cpp", 5), (single, 5), ("cpp", 6)):
+        torch.manual_seed(seed)
+        with ops.use_backend(backend):
+            runs.append(results(layer, x, b, bf16))
+    return runs
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("layer_drops", [False, True])
 def test_dropout_of_adapters_is_that_of_the_single_ops(bf16, layer_drops, fused_calls):
     layer = adapted(block(dropout=0.3 if layer_drops else 0.0), dropout=0.4).train()
     x, b = inputs(21)
-    runs = []
-    for backend, seed in (("cpp", 5), ("cpp", 5), ("lora_linear=torch", 5), ("cpp", 6)):
-        torch.manual_seed(seed)
-        with ops.use_backend(backend):
-            runs.append(results(layer, x, b, bf16))
+    runs = seeded_runs(layer, x, b, bf16, "lora_linear=torch")
     assert fused_calls == [3]
     for first, again, single in zip(*runs[:3], strict=True):
         assert torch.equal(first, again)
@@ -230,11 +236,7 @@ def test_gradients_of_a_part_are_those_of_the_whole(trained, fused_calls):
 def test_dropout_is_that_of_the_single_ops_and_follows_the_seed(branch, bf16, fused_calls):
     layer = block(dropout=0.3).train()
     x, b = inputs(21, branch=branch)
-    runs = []
-    for backend, seed in (("cpp", 5), ("cpp", 5), ("mlp=torch", 5), ("cpp", 6)):
-        torch.manual_seed(seed)
-        with ops.use_backend(backend):
-            runs.append(results(layer, x, b, bf16))
+    runs = seeded_runs(layer, x, b, bf16, "mlp=torch")
     assert fused_calls == [3]
     for first, again, single in zip(*runs[:3], strict=True):
         assert torch.equal(first, again)
