@@ -177,8 +177,9 @@ STAGES = [
     # PyTorch's allocator would hide a read beyond a tensor.
     Stage("sanitize", SANITIZE_SECONDS, "compute-sanitizer on small shapes", sanitize,
           {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-    Stage("compile", 45, "torch.compile on the GPU",
-          tests("tests/ops/test_ops_compile.py", gpu="cuda", rehearsal="layer_norm"), interpreted=True),
+    Stage("compile", 60, "torch.compile and opcheck on the GPU",
+          tests("tests/ops/test_ops_compile.py", "tests/kernels/test_raw_ops.py", gpu="cuda", rehearsal="layer_norm"),
+          interpreted=True),
     Stage("report", 20, "one page of the results", report),
 ]  # fmt: skip
 RESERVE = 25.0  # seconds kept for the last stage

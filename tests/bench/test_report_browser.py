@@ -20,16 +20,6 @@ ROWS = """[...document.querySelectorAll('tr')].map(r => [...r.cells].map(c => c.
 COLOURS = "(e => [getComputedStyle(e).backgroundColor, getComputedStyle(e).color])(document.body)"
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    rows = [{"step": i, "loss": 5 - i / 100, "tokens": 64 * i, "tokens_per_second": 1000 + i} for i in range(1, 201)]
-    rows[99]["val_loss"] = 4.3219
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def brightness(colour):
     return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
