@@ -1,25 +1,25 @@
-"""Times what ``llmfast bench`` timed again, with loops of its own, and sets the medians beside those of its file.
+"""Times what ``llmfast bench`` times once more, with loops of its own, and sets the two beside each other.
 
-    llmfast bench ops --save ops.json && python benchmarks/independent.py ops.json
-    llmfast bench train --model tiny --save train.json && python benchmarks/independent.py train.json
+    python benchmarks/independent.py ops train generate data
 
-Nothing of llmfast.bench is used: each call is made from llmfast's, PyTorch's, transformers' or tiktoken's own functions
-and timed by ``time.perf_counter`` around it. Exits with 1 where the two differ by more than ``--within``. Run it on a
-machine that does nothing else, right after the benchmark.
+One side are the benchmark's own samples, as it takes them for its files: its cases, clocks and processes. The other
+side has nothing of llmfast.bench: each call is made from llmfast's, PyTorch's, transformers' or tiktoken's own
+functions and timed by ``time.perf_counter`` around it. The two take turns, within a second of each other, since a
+shared machine is not as fast from one minute to the next; compared are medians. Exits with 1 where they differ by more
+than ``--within``. On a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,121 +31,127 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import llmfast
 from llmfast.config import GPTConfig, TrainConfig
 
-Pair = tuple[str, float, float]  # what, seconds in the file, seconds here
-DISTURBED: list[float] = []  # seconds of timing that other processes spoilt
+CPU = torch.device("cpu")
+Timed = Callable[[], tuple[float, ...]]  # one sample: seconds of each figure
+Pair = tuple[list[str], Timed, Timed]  # the figures' names, the benchmark's sample, ours
 
 
-def others_seconds() -> float:
-    """CPU seconds that this machine has spent on anything but this process; 0 where it does not tell."""
-    try:
-        fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    except OSError:
-        return 0.0
-    return sum(fields[i] for i in (0, 1, 2, 5, 6, 7)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
-
-
-def seconds_of(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None, least: float = 0.3) -> float:
-    """Median of the seconds of ``call()``, over ``least`` seconds or five calls; ``prepare()`` is not counted.
-
-    Where other processes took more than a twentieth of the machine meanwhile, once more, three times at most.
-    """
-    prepare()
-    call()
-    for _ in range(3):
-        taken: list[float] = []
-        before, began = others_seconds(), time.perf_counter()
-        while len(taken) < 5 or sum(taken) < least:
-            prepare()
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-        elapsed = time.perf_counter() - began
-        if (others_seconds() - before - 0.02) / elapsed / (os.cpu_count() or 1) < 0.05:
-            break
-        DISTURBED.append(elapsed)
-    return median(taken)
+def seconds_of(call: Callable[[], Any], prepare: Callable[[], Any] = lambda: None, least: float = 0.01) -> float:
+    """Mean seconds of ``call()`` over ``least`` seconds or one call; ``prepare()`` is not counted."""
+    total, count = 0.0, 0
+    while not count or total < least:
+        prepare()
+        start = time.perf_counter()
+        call()
+        total += time.perf_counter() - start
+        count += 1
+    return total / count
 
 
 # ---- bench ops -------------------------------------------------------------------------------------------------------
 
 
-def op_call(op: Any, provider: str, inputs: dict[str, Any]) -> tuple[Callable[[], Any], Any] | None:
-    """The function that ``provider`` names, and the context that it runs in; None for packages."""
+def op_call(op: Any, provider: str, inputs: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """The function that ``provider`` names, and what gives the context that it runs in; None for packages."""
     if provider.startswith("llmfast "):
-        return lambda: op.function(**inputs), llmfast.use_backend(f"{op.name}={provider.removeprefix('llmfast ')}")
+        backend = f"{op.name}={provider.removeprefix('llmfast ')}"
+        return lambda: op.function(**inputs), lambda: llmfast.use_backend(backend)
     if provider == "eager":
-        return lambda: op.eager(**inputs), nullcontext()
+        return lambda: op.eager(**inputs), nullcontext
     if provider == "torch.compile":
         compiled = torch.compile(op.eager, dynamic=False)
-        return lambda: compiled(**inputs), nullcontext()
+        return lambda: compiled(**inputs), nullcontext
     if provider == "SDPA flash":
         q, k, v = (inputs[name] for name in "qkv")
         call = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs.get("scale"))  # noqa: E731
-        return call, sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        return call, lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     if provider == "F.linear_cross_entropy":
         x, w, target = (inputs[name] for name in ("x", "weight", "target"))
         options = {k: v for k, v in inputs.items() if k not in ("x", "weight", "target", "bias")}
         options["linear_bias"] = inputs.get("bias")
-        return lambda: F.linear_cross_entropy(x.flatten(0, -2), w, target.flatten(), **options), nullcontext()
+        return lambda: F.linear_cross_entropy(x.flatten(0, -2), w, target.flatten(), **options), nullcontext
     return None
 
 
-def ops_again(found: dict[str, Any]) -> Iterator[Pair]:
+def passes(call: Callable[[], Any], leaves: list[Any]) -> dict[str, Callable[[], float]]:
+    """What times a forward pass, a backward pass and both."""
+
+    def forward() -> tuple[Any, ...]:
+        y = call()
+        return y if isinstance(y, tuple) else (y,)
+
+    slopes = [torch.randn_like(y) for y in forward()]
+    held: list[Any] = []  # emptied before the next forward pass, so that it may have the memory
+
+    def hold() -> None:
+        held.clear()
+        held.extend(forward())
+
+    def backward() -> None:
+        torch.autograd.grad(held, leaves, slopes, allow_unused=True)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), leaves, slopes, allow_unused=True)
+
+    return {
+        "forward": lambda: seconds_of(forward),
+        "backward": lambda: seconds_of(backward, hold),
+        "both": lambda: seconds_of(both),
+    }
+
+
+def ops(*names: str) -> Iterator[Pair]:
+    from llmfast.bench.case import MODES, Case
+    from llmfast.bench.providers import CannotRun, providers
+    from llmfast.bench.timing import Clock
     from llmfast.ops._registry import OPS
 
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for record in found["ops"]:
-        key = json.dumps([record["op"], record["shape"], record["dtype"], record["provider"]])
-        cases.setdefault(key, []).append(record)
-    for records in cases.values():
-        first = records[0]
-        op = OPS[first["op"]]
-        shape = {k: tuple(v) if isinstance(v, list) else v for k, v in first["shape"].items()}
-        inputs = op.inputs(shape, getattr(torch, first["dtype"]), torch.device("cpu"))
-        leaves = []
-        for name, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[name] = value.detach().requires_grad_(name not in op.frozen)
-                leaves += [inputs[name]] if name not in op.frozen else []
-        made = op_call(op, first["provider"], inputs)
-        if made is None:
-            continue
-        call, context = made
-        with context:
-            outputs = call() if isinstance(call(), tuple) else (call(),)
-            slopes = [torch.randn_like(y) for y in outputs]
-            held: list[Any] = []
+    llmfast.tune_process()
+    clock = Clock(CPU)
+    cases = [
+        (op, shape, dtype)
+        for op in (OPS[name] for name in names or OPS)
+        for shape in op.cpu_samples or op.samples
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for op, shape, dtype in cases:
+        case = Case(op, shape, dtype, CPU)
+        inputs = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in case.inputs.items()}
+        leaves = [inputs[name].requires_grad_() for name in case.wanted]
+        for provider in providers():
+            made = op_call(op, provider.name, inputs) if provider.runs(op) else None
+            if made is None:
+                continue
+            call, context = made
+            try:
+                with provider.context(op):
+                    theirs = provider.make(op, case.inputs)
+                    theirs()
+            except (CannotRun, RuntimeError):
+                continue
+            with context():
+                ours = passes(call, leaves)
+            for mode in MODES:
+                task = case.task(provider, theirs, mode)
+                calls = clock.calls_for(task)
 
-            def forward(call: Any = call, held: list[Any] = held) -> None:
-                y = call()
-                held[:] = y if isinstance(y, tuple) else (y,)
+                def here(time: Callable[[], float] = ours[mode], context: Callable[[], Any] = context) -> tuple[float]:
+                    with context():
+                        return (time(),)
 
-            def backward(held: list[Any] = held, leaves: list[Any] = leaves, slopes: list[Any] = slopes) -> None:
-                torch.autograd.grad(held, leaves, slopes, allow_unused=True)
-
-            def both(forward: Any = forward, backward: Any = backward) -> None:
-                forward()
-                backward()
-
-            for r in records:
-                here = {
-                    "forward": lambda f=forward: seconds_of(f),
-                    "backward": lambda f=forward, b=backward: seconds_of(b, f),
-                    "both": lambda b=both: seconds_of(b),
-                }[r["mode"]]()
-                yield f"{r['op']} {r['dtype']} {r['provider']} {r['mode']}", r["seconds"][0], here
+                name = f"{op.name} {'x'.join(map(str, shape.values()))} {str(dtype)[6:]} {provider.name} {mode}"
+                yield [name], lambda task=task, calls=calls: (clock.sample(task, calls),), here  # type: ignore[misc]
         torch.compiler.reset()
 
 
 # ---- bench train -----------------------------------------------------------------------------------------------------
 
 
-def step_of(kind: str, dtype: str, s: dict[str, int]) -> Callable[[], None]:
-    """A training step, as llmfast's loop or as a user of transformers writes it."""
+def step_of(kind: str, s: dict[str, int]) -> Callable[[], None]:
+    """A training step in float32, as llmfast's loop or as a user of transformers writes it."""
     torch.manual_seed(0)
     x, y = torch.randint(s["vocab_size"], (2, s["batch_size"], s["block_size"]))
     sizes = {k: s[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    low = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
     model: Any
     if kind == "llmfast":
         from llmfast.training.optimizer import build_optimizer
@@ -154,12 +160,10 @@ def step_of(kind: str, dtype: str, s: dict[str, int]) -> Callable[[], None]:
         llmfast.tune_process()
         model = llmfast.GPT(GPTConfig(bias=True, block_size=s["block_size"], **sizes))
         optimizer: Any = build_optimizer(model, TrainConfig(learning_rate=1e-4))
-        kept = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        update = Update(optimizer, 1.0, torch.device("cpu"), kept)
+        update = Update(optimizer, 1.0, CPU, torch.float32)
 
         def ours() -> None:
-            with low:
-                loss = model(x, y)[1]
+            loss = model(x, y)[1]
             update.backward(loss)
             update.apply(1, loss, 1.0)
             optimizer.zero_grad(set_to_none=True)
@@ -172,8 +176,7 @@ def step_of(kind: str, dtype: str, s: dict[str, int]) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def theirs() -> None:
-        with low:
-            loss = model(input_ids=x, labels=y, shift_labels=y).loss
+        loss = model(input_ids=x, labels=y, shift_labels=y).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -182,141 +185,191 @@ def step_of(kind: str, dtype: str, s: dict[str, int]) -> Callable[[], None]:
     return theirs
 
 
-def train_again(found: dict[str, Any]) -> Iterator[Pair]:
-    """Each provider in a process of its own, as the benchmark has them: allocators remember."""
-    for record in found["steps"]:
-        kind, _, dtype = record["provider"].rpartition(" ")
-        if kind in ("llmfast", "huggingface"):
-            command = [sys.executable, __file__, "--step", kind, dtype, json.dumps(found["shape"])]
-            here, spoilt = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            DISTURBED.extend([2.0] * int(spoilt))
-            yield f"step {record['provider']}", record["seconds"][0], float(here)
+def serve_steps(kind: str, shape: str) -> None:
+    """In a process of its own, as the benchmark has them: a line in, seconds a step out."""
+    step = step_of(kind, json.loads(shape))
+    seconds_of(step, least=2.0)
+    for _ in sys.stdin:
+        print(seconds_of(step, least=0.3), flush=True)
+
+
+@contextmanager
+def own_steps(kind: str, shape: dict[str, int]) -> Iterator[Timed]:
+    command = [sys.executable, __file__, "--serve", kind, json.dumps(shape)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        asks, answers = process.stdin, process.stdout
+        assert asks is not None
+        assert answers is not None
+
+        def sample() -> tuple[float]:
+            asks.write("\n")
+            asks.flush()
+            return (float(answers.readline()),)
+
+        yield sample
+        asks.close()
+
+
+def train() -> Iterator[Pair]:
+    from llmfast.bench.steps import Shape
+    from llmfast.bench.train import workers
+
+    config = GPTConfig.preset("tiny")
+    shape = Shape(config.n_layer, config.n_head, config.n_embd, config.vocab_size, config.block_size, 4)
+    for kind in ("llmfast", "huggingface"):
+        name = f"{kind} fp32"
+        with workers([name], shape, {}, "cpu") as pipes, own_steps(kind, vars(shape)) as here:
+
+            def there(pipe: Any = pipes[name]) -> tuple[float]:
+                pipe.send(True)
+                return (pipe.recv()[0],)
+
+            yield [f"step of tiny, {name}"], there, here
 
 
 # ---- bench generate --------------------------------------------------------------------------------------------------
 
+PROMPT, TOKENS = 256, 16
 
-def generate_again(found: dict[str, Any]) -> Iterator[Pair]:
-    from llmfast.generation import generate_ids
-    from llmfast.nn import GPT, quantize_int8
 
-    config, count = GPTConfig(**found["model"]), found["tokens"]
-    for record in found["generate"]:
-        ids = torch.randint(config.vocab_size, (record["batch"], found["prompt"]))
-        dtype = record["dtype"]
-        model: Any
-        if record["provider"] == "llmfast":
-            model = GPT(config).eval()
-            model = quantize_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype))
+def writer(kind: str, dtype: str, config: GPTConfig, ids: torch.Tensor) -> Callable[[int], Any]:
+    """What writes so many tokens after ``ids``."""
+    model: Any
+    if kind == "llmfast":
+        from llmfast.generation import generate_ids
+        from llmfast.nn import GPT, quantize_int8
 
-            def write(n: int, model: Any = model, ids: Any = ids) -> None:
-                generate_ids(model, ids.tolist(), max_new_tokens=n, temperature=0)
-        else:
-            from transformers import GPT2Config, GPT2LMHeadModel
+        model = GPT(config).eval()
+        model = quantize_int8(model) if dtype == "int8" else model.to(getattr(torch, dtype))
+        return lambda n: generate_ids(model, ids.tolist(), max_new_tokens=n, temperature=0)
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-            sizes = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-            none = {"bos_token_id": None, "eos_token_id": None}
-            model = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **sizes, **none))
-            model = model.to(getattr(torch, dtype)).eval()
+    sizes = {k: getattr(config, k) for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    none = {"bos_token_id": None, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(n_positions=config.block_size, **sizes, **none))
+    model = model.to(getattr(torch, dtype)).eval()
+    mask = torch.ones_like(ids)
+    return lambda n: model.generate(
+        ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
+    )
 
-            def write(n: int, model: Any = model, ids: Any = ids) -> None:
-                mask = torch.ones_like(ids)
-                model.generate(
-                    ids, attention_mask=mask, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
-                )
 
-        with torch.inference_mode():
-            one = seconds_of(lambda w=write: w(1))
-            whole = seconds_of(lambda w=write: w(1 + count))
-        name = f"{record['provider']} {dtype} batch {record['batch']}"
-        yield f"{name}: a prompt", record["prompt_seconds"][0], one
-        yield f"{name}: a token", record["token_seconds"][0], (whole - one) / count
+def generate() -> Iterator[Pair]:
+    from llmfast.bench.generate import _huggingface, _llmfast, _timed
+
+    llmfast.tune_process()
+    config = GPTConfig.preset("gpt2")
+    builders = {"llmfast": _llmfast, "huggingface": _huggingface}
+    cases = [(k, d, b) for d in ("float32", "bfloat16", "int8") for b in (1, 4) for k in builders]
+    for kind, dtype, batch in cases:
+        if (kind, dtype) == ("huggingface", "int8"):
+            continue
+        ids = torch.randint(config.vocab_size, (batch, PROMPT))
+        there = _timed(builders[kind](config, CPU, dtype, ids)[0], TOKENS, CPU)
+        write = writer(kind, dtype, config, ids)
+
+        def here(write: Callable[[int], Any] = write) -> tuple[float, float]:
+            with torch.inference_mode():
+                return seconds_of(lambda: write(1), least=0), seconds_of(lambda: write(1 + TOKENS), least=0)
+
+        name = f"{kind} {dtype} batch {batch}"
+        yield [f"{name}: a prompt", f"{name}: {TOKENS} tokens more"], there, here
 
 
 # ---- bench data ------------------------------------------------------------------------------------------------------
 
+MEGABYTES = 8
 
-def data_again(found: dict[str, Any]) -> Iterator[Pair]:
-    """Seconds a token, on another text of the same kind: the standard library in pieces, some letters changed."""
+
+def data() -> Iterator[Pair]:
+    """Seconds a token; ours of another text of the same kind: the standard library in pieces, some letters changed."""
+    from llmfast.bench.data import bench_data
     from llmfast.data import Batches, open_tokens, prepare, stdlib_sources
     from llmfast.tokenizer import train_bpe
 
-    if found["tokenizer"] != "bpe":
-        raise SystemExit("only files of bench data's own tokenizer")
     tokenizer: Any = train_bpe((p.read_text("utf-8", "replace") for p in stdlib_sources()[:200]), 4096)
     draw, pieces, size = random.Random(5), [], 0
     text = "".join(p.read_text("utf-8") for p in stdlib_sources()).encode("ascii", "ignore").decode()
-    while size < found["megabytes"] * 1_000_000:
+    while size < MEGABYTES * 1_000_000:
         at = draw.randrange(len(text) - 8000)
         piece = list(text[at : at + draw.randrange(100, 8000)])
         for _ in range(len(piece) // 100):
             piece[draw.randrange(len(piece))] = chr(draw.randrange(97, 123))
         pieces.append("".join(piece))
         size += len(pieces[-1])
-    here: dict[str, float] = {}
+
+    def there() -> tuple[float, ...]:
+        found = bench_data(tokenizer, megabytes=MEGABYTES, workers=2, turns=1, progress=False)
+        return tuple(1 / record["tokens_per_second"] for record in found["data"])
+
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus.jsonl")
         corpus.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
-
-        def timed(name: str, call: Callable[[], int]) -> None:
-            taken = []
-            for _ in range(4):
-                start = time.perf_counter()
-                tokens = call()
-                taken.append((time.perf_counter() - start) / tokens)
-            here[name] = median(taken[1:])
-
-        number = iter(range(9))
+        number = iter(range(10**6))
 
         def prepared() -> int:
             out = Path(folder, f"out-{next(number)}")
-            return sum(
-                prepare([corpus], out, tokenizer=tokenizer, workers=found["workers"], progress=False).tokens.values()
-            )
+            return sum(prepare([corpus], out, tokenizer=tokenizer, workers=2, progress=False).tokens.values())
 
         def encoded() -> int:
-            return sum(map(len, tokenizer.encoding.encode_ordinary_batch(pieces, num_threads=found["workers"])))
+            return sum(map(len, tokenizer.encoding.encode_ordinary_batch(pieces, num_threads=2)))
 
         def batched() -> int:
             batches = Batches(open_tokens(Path(folder, "out-0")), 256, 16)
             return sum(batches.batch(16 * i)[0].numel() for i in range(min(2000, batches.samples_per_epoch // 16)))
 
-        for name, call in (("prepare", prepared), ("tiktoken", encoded), ("batches", batched)):
-            timed(name, call)
-    for record in found["data"]:
-        yield f"{record['provider']}: a token", 1 / record["tokens_per_second"], here[record["provider"]]
+        def here() -> tuple[float, ...]:
+            taken = []
+            for call in (prepared, encoded, batched):
+                start = time.perf_counter()
+                tokens = call()
+                taken.append((time.perf_counter() - start) / tokens)
+            return tuple(taken)
+
+        yield ["prepare: a token", "tiktoken: a token", "batches: a token"], there, here
 
 
-AGAIN = {"ops": ops_again, "train": train_again, "generate": generate_again, "data": data_again}
+KINDS: dict[str, tuple[Callable[..., Iterator[Pair]], float]] = {  # and the seconds that the turns of a pair may take
+    "ops": (ops, 0.8), "train": (train, 12.0), "generate": (generate, 12.0), "data": (data, 60.0),
+}  # fmt: skip
+FEWEST, MOST = 7, 41
+
+
+def turns_of(there: Timed, here: Timed, seconds: float) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """Samples of both, in turns of changing order, after one to warm up."""
+    there(), here()
+    theirs: list[tuple[float, ...]] = []
+    ours: list[tuple[float, ...]] = []
+    start = time.perf_counter()
+    while len(ours) < FEWEST or (len(ours) < MOST and time.perf_counter() - start < seconds):
+        sides = [(there, theirs), (here, ours)]
+        for sample, taken in sides if len(ours) % 2 else reversed(sides):
+            taken.append(sample())
+    return theirs, ours
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all of them")
     parser.add_argument("--within", type=float, default=0.1, help="how far the two may be apart (default: 0.1)")
-    parser.add_argument("--step", nargs=3, metavar=("KIND", "DTYPE", "SHAPE"), help="time one step: used by the script")
+    parser.add_argument("--op", nargs="+", default=[], metavar="NAME", help="of the ops, these alone")
+    parser.add_argument("--serve", nargs=2, metavar=("KIND", "SHAPE"), help="takes steps: used by the script")
     options = parser.parse_args()
-    if options.step:
-        kind, dtype, shape = options.step
-        print(seconds_of(step_of(kind, dtype, json.loads(shape)), least=2.0), len(DISTURBED))
+    if options.serve:
+        serve_steps(*options.serve)
         return 0
-    if options.file is None:
-        parser.error("which file?")
-    found = json.loads(options.file.read_text(encoding="utf-8"))
-    if found["kind"] != "train":  # there every step has its own process
-        llmfast.tune_process(found["threads"])
     apart = []
-    for what, theirs, ours in AGAIN[found["kind"]](found):
-        apart.append(abs(theirs / ours - 1))
-        mark = "" if apart[-1] <= options.within else "  <--"
-        print(
-            f"{what:60} {theirs * 1e3:10.4f} ms in the file, {ours * 1e3:10.4f} ms here, {theirs / ours:.3f}{mark}",
-            flush=True,
-        )
+    for kind in options.kinds or (["ops"] if options.op else KINDS):
+        pairs, seconds = KINDS[kind]
+        for names, there, here in pairs(*(options.op if kind == "ops" else ())):
+            theirs, ours = turns_of(there, here, seconds)
+            for i, name in enumerate(names):
+                t, o = median(one[i] for one in theirs), median(one[i] for one in ours)
+                apart.append(abs(t / o - 1))
+                mark = "" if apart[-1] <= options.within else "  <--"
+                print(f"{name:68} {t * 1e3:10.4g} ms there, {o * 1e3:10.4g} ms here, {t / o:.3f}{mark}", flush=True)
     far = sum(one > options.within for one in apart)
     print(f"{len(apart)} figures, median difference {median(apart):.1%}, {far} beyond {options.within:.0%}")
-    if DISTURBED:
-        print(f"other programs spoilt {len(DISTURBED)} timings, {sum(DISTURBED):.0f} s: not a quiet machine")
     return 1 if far else 0
 
 
