@@ -1,4 +1,4 @@
-"""What a training process wants on a CPU: an allocator that keeps its pages, threads, matmul routing."""
+"""What a training process wants on a CPU: an allocator that keeps its pages, threads, how they wait, matmul routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llmfast.errors import UserError
-from llmfast.ops import matmul
+from llmfast.ops import _waiting, matmul
 
 # malloc.h
 _M_TRIM_THRESHOLD = -1
@@ -21,6 +21,7 @@ _HUGE = 2**31 - 1
 _GLIBC_MMAP_THRESHOLD = 128 << 10
 
 _allocator: str | None = None
+_watch: _waiting.Watch | None = None
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,24 @@ class ProcessReport:
 
     allocator: str
     threads: int
+    waiting: str
     matmul: dict[str, str]
 
     def __str__(self) -> str:
         routes = ", ".join(f"{name} {route}" for name, route in self.matmul.items())
-        return f"allocator: {self.allocator}; threads: {self.threads}; matrix products: {routes}"
+        threads = f"{self.threads}, which wait {self.waiting}"
+        return f"allocator: {self.allocator}; threads: {threads}; matrix products: {routes}"
 
 
 def tune_process(threads: int | None = None) -> ProcessReport:
     """Make this process fast at training on a CPU; the command line and the training loop call it, importing does not.
 
     Large tensors are kept by the allocator instead of going back to the system (page faults on them cost a third of a
-    step), ``threads`` PyTorch threads are set (None: as they are), and the matrix-product routing is measured if it is
-    not yet decided. Calling it again changes nothing but a new ``threads``. ``UserError`` for fewer than one thread.
+    step), ``threads`` PyTorch threads are set (None: as they are), which from now on sleep rather than spin while they
+    wait for each other and other processes hold their cores (Linux), and the matrix-product routing is measured if it
+    is not yet decided. Calling it again changes nothing but a new ``threads``. ``UserError`` for fewer than one thread.
     """
-    global _allocator
+    global _allocator, _watch
     if threads is not None:
         if threads < 1:
             raise UserError(f"threads must be at least 1, got {threads}")
@@ -51,7 +55,17 @@ def tune_process(threads: int | None = None) -> ProcessReport:
             torch.set_num_threads(threads)
     if _allocator is None:
         _allocator = _keep_pages()
-    return ProcessReport(_allocator, torch.get_num_threads(), matmul.matmul_routing())
+    unwatched = _waiting.why_not()
+    if _watch is None and unwatched is None:
+        _watch = _waiting.Watch()
+        _watch.start()
+    waiting = "as the cores are free or crowded" if unwatched is None else f"as PyTorch has it ({unwatched})"
+    return ProcessReport(_allocator, torch.get_num_threads(), waiting, matmul.matmul_routing())
+
+
+def cores_are_crowded() -> bool:
+    """Whether other processes held the cores of this process's threads when that was last looked at."""
+    return _watch is not None and _watch.crowded
 
 
 def _keep_pages() -> str:

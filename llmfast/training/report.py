@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmfast.files import write_whole
+from llmfast.ops.process import cores_are_crowded
 from llmfast.ranks import Ranks
 from llmfast.training.metrics import MetricsFunction, Sums, add_sums, means, over_ranks
 
@@ -38,6 +39,7 @@ class Report:
         self._total = total
         self._progress = progress
         self._plotted = self._printed = time.monotonic()
+        self._crowded = False
         _keep(self._path, [line for line in _lines(self._path) if _step(line) <= done])
         _keep(self._samples, _samples_until(self._samples, done))
         self._file = self._path.open("a", encoding="utf-8")
@@ -71,6 +73,9 @@ class Report:
         if evaluated or (self._bar.disable and time.monotonic() - self._printed > LINE_SECONDS):
             self.say(f"step {line['step']:,}/{self._total:,}  {self._numbers(line)}")
             self._printed = time.monotonic()
+        if cores_are_crowded() and not self._crowded:
+            self.say("other processes use this machine's cores, which makes training slower while they do")
+            self._crowded = True
 
     def sample(self, step: int, text: str) -> None:
         """Append to samples.txt and show the beginning."""
