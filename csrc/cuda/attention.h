@@ -1,4 +1,6 @@
 #pragma once
+#include <optional>
+
 #include "cuda/dialect.h"
 #include "cuda/philox.h"
 
@@ -44,8 +46,8 @@ struct AttentionBackward : Attention {
 // capability: 10 major + minor of the GPU.
 cudaError_t attention_forward(const AttentionForward& a, int capability, cudaStream_t stream);
 cudaError_t attention_backward(const AttentionBackward& a, int capability, cudaStream_t stream);
-// The kernels of Hopper, where the arguments let them: *taken says whether.
-cudaError_t attention_forward_sm90(const AttentionForward& a, cudaStream_t stream, bool* taken);
-cudaError_t attention_backward_sm90(const AttentionBackward& a, cudaStream_t stream, bool* taken);
+// The kernels of Hopper; nothing where they do not take these arguments.
+std::optional<cudaError_t> attention_forward_sm90(const AttentionForward& a, cudaStream_t stream);
+std::optional<cudaError_t> attention_backward_sm90(const AttentionBackward& a, cudaStream_t stream);
 
 }  // namespace llmfast::cuda

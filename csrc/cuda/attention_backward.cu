@@ -196,14 +196,10 @@ __global__ void __launch_bounds__(Backward<T, D>::kThreads) keys_kernel(const At
 
 }  // namespace
 
-cudaError_t attention_backward(const AttentionBackward& a, [[maybe_unused]] int capability, cudaStream_t stream) {
-#if defined(LLMFAST_SM90A) || defined(LLMFAST_EMULATE)
-  if (capability == 90) {
-    bool taken = false;
-    const cudaError_t error = attention_backward_sm90(a, stream, &taken);
-    if (taken) return error;
-  }
-#endif
+cudaError_t attention_backward(const AttentionBackward& a, int capability, cudaStream_t stream) {
+  if constexpr (kHasSm90)
+    if (capability == 90)
+      if (const auto done = attention_backward_sm90(a, stream)) return *done;
   return dispatch(a, [&](auto type, auto size, auto dropout) {
     using T = decltype(type);
     constexpr int D = decltype(size)::value;

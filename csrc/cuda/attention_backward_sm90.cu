@@ -226,16 +226,14 @@ cudaError_t launch(const AttentionBackward& a, const Maps& maps, cudaStream_t st
 
 }  // namespace
 
-cudaError_t attention_backward_sm90(const AttentionBackward& a, cudaStream_t stream, bool* taken) {
+std::optional<cudaError_t> attention_backward_sm90(const AttentionBackward& a, cudaStream_t stream) {
   // What lies beyond a row's length may be no number, and a tensor map does not know the length.
-  *taken = false;
   Maps queries{};
   if (a.dtype == DType::f32 || a.kv_lens || !make_heads_map(&queries.own[0], a.q, a.B, a.H, a.Tq, a.D, kRows) ||
       !make_heads_map(&queries.own[1], a.dout, a.B, a.H, a.Tq, a.D, kRows) ||
       !make_heads_map(&queries.others[0], a.k, a.B, a.H, a.Tk, a.D, kRows) ||
       !make_heads_map(&queries.others[1], a.v, a.B, a.H, a.Tk, a.D, kRows))
-    return cudaSuccess;
-  *taken = true;
+    return std::nullopt;
   const Maps keys{{queries.others[0], queries.others[1]}, {queries.own[0], queries.own[1]}};
   return dispatch(a, [&](auto type, auto size, auto dropout) {
     using T = decltype(type);

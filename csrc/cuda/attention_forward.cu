@@ -99,14 +99,10 @@ __global__ void __launch_bounds__(Forward<T, D, kDropout>::kThreads) forward_ker
 
 }  // namespace
 
-cudaError_t attention_forward(const AttentionForward& a, [[maybe_unused]] int capability, cudaStream_t stream) {
-#if defined(LLMFAST_SM90A) || defined(LLMFAST_EMULATE)
-  if (capability == 90) {
-    bool taken = false;
-    const cudaError_t error = attention_forward_sm90(a, stream, &taken);
-    if (taken) return error;
-  }
-#endif
+cudaError_t attention_forward(const AttentionForward& a, int capability, cudaStream_t stream) {
+  if constexpr (kHasSm90)
+    if (capability == 90)
+      if (const auto done = attention_forward_sm90(a, stream)) return *done;
   return dispatch(a, [&](auto type, auto size, auto dropout) {
     using T = decltype(type);
     constexpr int D = decltype(size)::value;

@@ -165,14 +165,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-cudaError_t attention_forward_sm90(const AttentionForward& a, cudaStream_t stream, bool* taken) {
+std::optional<cudaError_t> attention_forward_sm90(const AttentionForward& a, cudaStream_t stream) {
   // What lies beyond a row's length may be no number, and a tensor map does not know the length.
-  *taken = false;
   Maps maps{};
   if (a.dtype == DType::f32 || a.kv_lens || !make_heads_map(&maps.q, a.q, a.B, a.H, a.Tq, a.D, kGroupQueries) ||
       !make_heads_map(&maps.k, a.k, a.B, a.H, a.Tk, a.D, kKeys) || !make_heads_map(&maps.v, a.v, a.B, a.H, a.Tk, a.D, kKeys))
-    return cudaSuccess;
-  *taken = true;
+    return std::nullopt;
   return dispatch(a, [&](auto type, auto size, auto dropout) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 4) {

@@ -20,6 +20,12 @@ namespace llmfast::cuda {
 
 enum class DType { f32, f16, bf16 };
 
+#if defined(LLMFAST_SM90A) || defined(LLMFAST_EMULATE)
+inline constexpr bool kHasSm90 = true;  // whether the kernels of Hopper (csrc/cuda/*_sm90.cu) are in this build
+#else
+inline constexpr bool kHasSm90 = false;
+#endif
+
 // N elements that move as one (16-byte) access where the address is aligned to them.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {

@@ -2,7 +2,7 @@
 // A block of 8 warps owns 128 x 128 of the output, a warp 64 x 32 of it in float32 registers; K is walked in steps of 32,
 // three steps in shared memory, two of them on the way (cp.async). A low-rank term comes first, into the same registers.
 // Shared memory: 16-byte chunks, exchanged (xor) so that neither ldmatrix nor the copies meet bank conflicts.
-// Operands whose rows are not multiples of 16 bytes or that pass through dropout take another way, through registers.
+// Operands whose rows are not multiples of 16 bytes take another way, through registers.
 // Every sum is made by one block, in one order: no atomics, the result is the same in every run.
 // FLOPs: 2 M N (K + rank). Bytes: a once every 128 columns of the output and b once every 128 rows, mostly from L2.
 #include "cuda/gemm.h"
@@ -27,12 +27,11 @@ struct Source {
   int64_t stride;
   int rows, K;   // beyond them, zeros
   bool aligned;  // whole chunks, at multiples of 16 bytes
-  bool dropped;
 };
 
-// Brings rows [row0, row0 + 128) of k in [k0, k0 + 32) to `tile`. kDirect: the source is aligned and not dropped.
+// Brings rows [row0, row0 + 128) of k in [k0, k0 + 32) to `tile`. kDirect: the source is aligned.
 template <typename T, bool kAlongK, bool kDirect>
-__device__ inline void load_tile(T* tile, const Source& source, const Dropout& dropout, int row0, int k0) {
+__device__ inline void load_tile(T* tile, const Source& source, int row0, int k0) {
 #pragma unroll
   for (int i = 0; i < kTileElements / 8 / kThreads; ++i) {
     const int chunk = i * kThreads + threadIdx.x;
@@ -53,31 +52,20 @@ __device__ inline void load_tile(T* tile, const Source& source, const Dropout& d
 #pragma unroll
         for (int e = 0; e < 8; ++e) pack.v[e] = there && inner + e < inners ? from[e] : T(0.f);
       }
-      if (source.dropped) {
-        const unsigned bits = kept<8>(uint64_t(*dropout.seed), dropout.drop, outer, inner);
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (!(bits >> e & 1)) pack.v[e] = T(0.f);
-      }
       *reinterpret_cast<Pack<T, 8>*>(to) = pack;
     }
   }
 }
 
 // acc += the product of two tiles in shared memory, for the 64 x 32 elements of the warp from (m, n) on.
-template <typename T, bool kAAlongK, bool kBAlongK>
+template <typename T, bool kBAlongK>
 __device__ inline void multiply(const T* a_tile, const T* b_tile, int m, int n, float (&acc)[4][4][4]) {
   const int lane = threadIdx.x & 31, j = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
 #pragma unroll
   for (int k = 0; k < kStep; k += 16) {
     uint32_t a[4][4], b[2][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kAAlongK)
-        ldmatrix<4>(a[i], a_tile + chunk_at<true>(m + i * 16 + low * 8 + j, k + high * 8));
-      else
-        ldmatrix<4, true>(a[i], a_tile + chunk_at<false>(m + i * 16 + low * 8, k + high * 8 + j));
-    }
+    for (int i = 0; i < 4; ++i) ldmatrix<4>(a[i], a_tile + chunk_at<true>(m + i * 16 + low * 8 + j, k + high * 8));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if constexpr (kBAlongK)
@@ -95,21 +83,7 @@ __device__ inline void multiply(const T* a_tile, const T* b_tile, int m, int n, 
   }
 }
 
-// Dropout of the thread's elements of the output.
-__device__ inline void drop(const Dropout& dropout, int row0, int column0, float (&acc)[4][4][4]) {
-  const uint64_t seed = uint64_t(*dropout.seed);
-  unsigned bits[2] = {};
-#pragma unroll 1
-  for (int i = 0; i < 16; ++i)  // rolled: sixteen times the generator would be longer than the rest of the kernel
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      bits[half] |= kept<2>(seed, dropout.drop, row0 + 16 * (i >> 2) + 8 * half, column0 + 8 * (i & 3)) << 2 * i;
-#pragma unroll
-  for (int i = 0; i < 64; ++i)
-    if (!(bits[i >> 1 & 1] >> (i / 4 * 2 + (i & 1)) & 1)) acc[i / 16][i / 4 % 4][i % 4] = 0.f;
-}
-
-template <typename T, bool kAAlongK, bool kBAlongK, Epilogue kEpilogue, bool kDirect>
+template <typename T, bool kBAlongK, Epilogue kEpilogue, bool kDirect>
 __global__ void __launch_bounds__(kThreads, kDirect ? 2 : 1)
     gemm_kernel(const __grid_constant__ Gemm g, const bool a_aligned, const bool b_aligned, const bool low_aligned,
                 const bool low_b_aligned) {
@@ -117,33 +91,27 @@ __global__ void __launch_bounds__(kThreads, kDirect ? 2 : 1)
   int row_tile, column_tile;
   tile_of(g, row_tile, column_tile);
   const int m0 = row_tile * kTile, n0 = column_tile * kTile;
-  const Source a{g.a.data, g.a.stride, g.M, g.K, a_aligned, g.dropped == Dropped::a};
-  const Source b{g.b.data, g.b.stride, g.N, g.K, b_aligned, g.dropped == Dropped::b};
-  const Source low{g.low, g.rank, g.M, g.rank, low_aligned, false};
-  const Source low_b{g.low_b, kBAlongK ? g.rank : g.N, g.N, g.rank, low_b_aligned, false};
+  const Source a{g.a.data, g.a.stride, g.M, g.K, a_aligned};
+  const Source b{g.b.data, g.b.stride, g.N, g.K, b_aligned};
+  const Source low{g.low, g.rank, g.M, g.rank, low_aligned};
+  const Source low_b{g.low_b, kBAlongK ? g.rank : g.N, g.N, g.rank, low_b_aligned};
 
-  // Steps: first those over the rank, then this block's share of those over K.
-  const int low_steps = (g.rank + kStep - 1) / kStep, steps_of_k = (g.K + kStep - 1) / kStep;
-  const int share = (steps_of_k + g.splits - 1) / g.splits, begin = int(blockIdx.z) * share;
-  const int end = steps_of_k < begin + share ? steps_of_k : begin + share;
-  const int steps = low_steps + (end > begin ? end - begin : 0);
+  const int low_steps = (g.rank + kStep - 1) / kStep, steps = low_steps + (g.K + kStep - 1) / kStep;
   const auto load = [&](int step) {
     T* tile = shared + step % kStages * 2 * kTileElements;
-    if (step < low_steps) {
-      if constexpr (kAAlongK && kEpilogue == Epilogue::plain) {
-        load_tile<T, true, kDirect>(tile, low, g.dropout, m0, step * kStep);
-        load_tile<T, kBAlongK, kDirect>(tile + kTileElements, low_b, g.dropout, n0, step * kStep);
-      }
+    if (kEpilogue == Epilogue::plain && step < low_steps) {
+      load_tile<T, true, kDirect>(tile, low, m0, step * kStep);
+      load_tile<T, kBAlongK, kDirect>(tile + kTileElements, low_b, n0, step * kStep);
     } else {
-      const int k0 = (begin + step - low_steps) * kStep;
-      load_tile<T, kAAlongK, kDirect>(tile, a, g.dropout, m0, k0);
-      load_tile<T, kBAlongK, kDirect>(tile + kTileElements, b, g.dropout, n0, k0);
+      const int k0 = (step - low_steps) * kStep;
+      load_tile<T, true, kDirect>(tile, a, m0, k0);
+      load_tile<T, kBAlongK, kDirect>(tile + kTileElements, b, n0, k0);
     }
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int m = warp / 4 * 64, n = warp % 4 * 32;
-  const int row0 = m0 + m + lane / 4, column0 = n0 + n + lane % 4 * 2;  // of acc[i][l][2 half + e]: + 16 i + 8 half, + 8 l + e
+  const int row0 = m0 + m + lane / 4, column0 = n0 + n + lane % 4 * 2;
   float acc[4][4][4] = {};
   for (int step = 1 - kStages; step < steps; ++step) {  // the first kStages - 1 turns load, and multiply nothing
     if (step >= 0) {
@@ -154,39 +122,18 @@ __global__ void __launch_bounds__(kThreads, kDirect ? 2 : 1)
     cp_async_commit();
     if (step < 0) continue;
     const T* tile = shared + step % kStages * 2 * kTileElements;
-    multiply<T, kAAlongK, kBAlongK>(tile, tile + kTileElements, m, n, acc);
-    if (kEpilogue == Epilogue::plain && step + 1 == low_steps && g.dropped == Dropped::low) drop(g.dropout, row0, column0, acc);
+    multiply<T, kBAlongK>(tile, tile + kTileElements, m, n, acc);
+    if (kEpilogue == Epilogue::plain && step + 1 == low_steps && g.dropout.seed) drop(g.dropout, row0, column0, acc);
   }
 
   float sums[4][2] = {};
-#pragma unroll
-  for (int l = 0; l < 4; ++l) {
-    const int column = column0 + 8 * l;
-    float bias[2] = {};
-    if (g.bias) load_pair(static_cast<const T*>(g.bias), column, column, g.N, bias);
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 16 * i + 8 * half;
-        if (row >= g.M) continue;
-        float v[2] = {acc[i][l][2 * half], acc[i][l][2 * half + 1]};
-        finish_pair<T, kEpilogue>(g, row, column, bias, v, sums[l]);
-      }
-  }
+  finish<T, kEpilogue>(g, row0, column0, acc, sums);
   if constexpr (kEpilogue == Epilogue::activate_backward) {
     if (!g.sums) return;
     // Over the 8 rows of a fragment by shuffles, over the two warps above each other through shared memory.
     __syncthreads();
     float* shares = reinterpret_cast<float*>(shared);
-#pragma unroll
-    for (int l = 0; l < 4; ++l)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float s = sums[l][e];
-        for (int offset = 4; offset < 32; offset *= 2) s += __shfl_xor_sync(~0u, s, offset);
-        if (lane < 4) shares[warp / 4 * kTile + n + 8 * l + lane * 2 + e] = s;
-      }
+    sum_over_warp(sums, shares + warp / 4 * kTile + n);
     __syncthreads();
     const int column = n0 + threadIdx.x;
     if (threadIdx.x < kTile && column < g.N)
@@ -198,51 +145,39 @@ bool aligned(const void* data, int64_t stride, int inner) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && inner % 8 == 0;
 }
 
-template <typename T, bool kAAlongK, bool kBAlongK, Epilogue kEpilogue>
+template <typename T, bool kBAlongK, Epilogue kEpilogue>
 cudaError_t launch(const Gemm& g, cudaStream_t stream) {
   const int64_t tiles = int64_t(gemm_row_tiles(g.M)) * gemm_row_tiles(g.N);
   if (tiles > 0x7FFFFFFF) return cudaErrorInvalidValue;
-  const bool a = aligned(g.a.data, g.a.stride, kAAlongK ? g.K : g.M), b = aligned(g.b.data, g.b.stride, kBAlongK ? g.K : g.N);
+  const bool a = aligned(g.a.data, g.a.stride, g.K), b = aligned(g.b.data, g.b.stride, kBAlongK ? g.K : g.N);
   const bool low = aligned(g.low, g.rank, g.rank);
   const int low_width = kBAlongK ? g.rank : g.N;
   const bool low_b = aligned(g.low_b, low_width, low_width);
-  const bool direct = a && b && low && low_b && g.dropped != Dropped::a && g.dropped != Dropped::b;
   const auto run = [&](auto kernel) {
-    LLMFAST_LAUNCH(kernel, dim3(unsigned(tiles), 1, unsigned(g.splits)), kThreads, kSharedBytes, stream, g, a, b, low, low_b);
+    LLMFAST_LAUNCH(kernel, unsigned(tiles), kThreads, kSharedBytes, stream, g, a, b, low, low_b);
     return cudaGetLastError();
   };
-  return direct ? run(gemm_kernel<T, kAAlongK, kBAlongK, kEpilogue, true>)
-                : run(gemm_kernel<T, kAAlongK, kBAlongK, kEpilogue, false>);
+  return a && b && low && low_b ? run(gemm_kernel<T, kBAlongK, kEpilogue, true>)
+                                : run(gemm_kernel<T, kBAlongK, kEpilogue, false>);
 }
 
 template <typename T>
 cudaError_t choose(const Gemm& g, cudaStream_t stream) {
   if (g.activation != Activation::none)
-    return g.backward ? launch<T, true, false, Epilogue::activate_backward>(g, stream)
-                      : launch<T, true, true, Epilogue::activate>(g, stream);
-  if (!g.a.along_k) return launch<T, false, false, Epilogue::plain>(g, stream);
-  return g.b.along_k ? launch<T, true, true, Epilogue::plain>(g, stream)
-                     : launch<T, true, false, Epilogue::plain>(g, stream);
+    return g.backward ? launch<T, false, Epilogue::activate_backward>(g, stream)
+                      : launch<T, true, Epilogue::activate>(g, stream);
+  return g.b.along_k ? launch<T, true, Epilogue::plain>(g, stream) : launch<T, false, Epilogue::plain>(g, stream);
 }
 
 }  // namespace
 
 cudaError_t gemm(const Gemm& g, int capability, cudaStream_t stream) {
   if (g.M == 0 || g.N == 0) return cudaSuccess;
-  const bool activated = g.activation != Activation::none;
-  const bool fits = activated ? g.a.along_k && g.b.along_k != g.backward && g.rank == 0
-                              : g.a.along_k || (!g.b.along_k && g.rank == 0);
-  const bool splits = g.splits == 1 || (g.splits > 1 && g.out_float && g.rank == 0 && !activated);
-  if (!fits || !splits || (g.dropped != Dropped::nothing && !g.dropout.seed)) return cudaErrorInvalidValue;
-#if defined(LLMFAST_SM90A) || defined(LLMFAST_EMULATE)
-  if (capability == 90) {
-    bool taken = false;
-    const cudaError_t error = gemm_sm90(g, stream, &taken);
-    if (taken) return error;
-  }
-#else
-  (void)capability;
-#endif
+  const bool fits = g.a.along_k && (g.activation == Activation::none || (g.b.along_k != g.backward && g.rank == 0));
+  if (!fits) return cudaErrorInvalidValue;
+  if constexpr (kHasSm90)
+    if (capability == 90)
+      if (const auto done = gemm_sm90(g, stream)) return *done;
   switch (g.dtype) {
     case DType::f16: return choose<__half>(g, stream);
     case DType::bf16: return choose<__nv_bfloat16>(g, stream);

@@ -1,5 +1,6 @@
 #pragma once
-// What the products of csrc/cuda/gemm.h do with their accumulators, two neighbouring columns at a time.
+// What the products of csrc/cuda/gemm.h do with their accumulators. Those of a thread are fragments of mma_m16n8k16:
+// acc[i][l][2 half + e] is the element (row0 + 16 i + 8 half, column0 + 8 l + e), row0 and column0 those of the first.
 #include "cuda/gemm.h"
 #include "cuda/math.h"
 
@@ -30,7 +31,7 @@ template <typename T, Epilogue kEpilogue>
 __device__ inline void finish_pair(const Gemm& g, int row, int column, const float (&bias)[2], float (&v)[2], float (&sums)[2]) {
   const int64_t at = int64_t(row) * g.N + column;
 #pragma unroll
-  for (int e = 0; e < 2; ++e) v[e] = v[e] * g.factor + bias[e];
+  for (int e = 0; e < 2; ++e) v[e] += bias[e];
   if constexpr (kEpilogue == Epilogue::activate) {
     if (g.h) store_pair(static_cast<T*>(g.h), at, column, g.N, v);
 #pragma unroll
@@ -47,10 +48,58 @@ __device__ inline void finish_pair(const Gemm& g, int row, int column, const flo
       sums[e] += v[e];
     }
   }
-  if (kEpilogue == Epilogue::plain && g.out_float)
-    store_pair(static_cast<float*>(g.out) + int64_t(blockIdx.z) * g.M * g.N, at, column, g.N, v);
-  else
-    store_pair(static_cast<T*>(g.out), at, column, g.N, v);
+  store_pair(static_cast<T*>(g.out), at, column, g.N, v);
+}
+
+// Dropout of the accumulators.
+template <int kRows, int kColumns>
+__device__ inline void drop(const Dropout& dropout, int row0, int column0, float (&acc)[kRows][kColumns][4]) {
+  static_assert(kRows * kColumns == 16);
+  const uint64_t seed = uint64_t(*dropout.seed);
+  unsigned bits[2] = {};
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i)  // rolled: sixteen times the generator would be longer than the rest of the kernel
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      bits[half] |= kept<2>(seed, dropout.drop, row0 + 16 * (i / kColumns) + 8 * half, column0 + 8 * (i % kColumns)) << 2 * i;
+#pragma unroll
+  for (int i = 0; i < 64; ++i)
+    if (!(bits[i >> 1 & 1] >> (i / 4 * 2 + (i & 1)) & 1)) acc[i / 4 / kColumns][i / 4 % kColumns][i % 4] = 0.f;
+}
+
+// Finishes and stores all of them; sums: of what the thread has stored, by column.
+template <typename T, Epilogue kEpilogue, int kRows, int kColumns>
+__device__ inline void finish(const Gemm& g, int row0, int column0, const float (&acc)[kRows][kColumns][4],
+                              float (&sums)[kColumns][2]) {
+#pragma unroll
+  for (int l = 0; l < kColumns; ++l) {
+    const int column = column0 + 8 * l;
+    float bias[2] = {};
+    if (g.bias) load_pair(static_cast<const T*>(g.bias), column, column, g.N, bias);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 16 * i + 8 * half;
+        if (row >= g.M) continue;
+        float v[2] = {acc[i][l][2 * half], acc[i][l][2 * half + 1]};
+        finish_pair<T, kEpilogue>(g, row, column, bias, v, sums[l]);
+      }
+  }
+}
+
+// The sums of a warp, over the 8 rows of its fragments, for its 8 kColumns columns.
+template <int kColumns>
+__device__ inline void sum_over_warp(const float (&sums)[kColumns][2], float* out) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int l = 0; l < kColumns; ++l)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float s = sums[l][e];
+      for (int offset = 4; offset < 32; offset *= 2) s += __shfl_xor_sync(~0u, s, offset);
+      if (lane < 4) out[8 * l + lane * 2 + e] = s;
+    }
 }
 
 // The row and column of the block's tile: tiles are numbered in groups of 8 rows, so that blocks that run together share

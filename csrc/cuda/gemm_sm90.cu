@@ -30,20 +30,6 @@ __device__ inline void copy_tile(unsigned char* tile, const TensorMap* map, int 
     tma_load(tile + kTileBytes / 2, map, k, row + kTileRow, full);
   }
 }
-
-// Dropout of the thread's elements of the output.
-__device__ inline void drop(const Dropout& dropout, int row0, int column0, float (&acc)[64]) {
-  const uint64_t seed = uint64_t(*dropout.seed);
-  unsigned bits[2] = {};
-#pragma unroll 1
-  for (int j = 0; j < 16; ++j)  // rolled: sixteen times the generator would be longer than the rest of the kernel
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      bits[half] |= kept<2>(seed, dropout.drop, row0 + 8 * half, column0 + 8 * j) << 2 * j;
-#pragma unroll
-  for (int i = 0; i < 64; ++i)
-    if (!(bits[i >> 1 & 1] >> (i / 4 * 2 + (i & 1)) & 1)) acc[i] = 0.f;
-}
 #endif
 
 template <typename T, bool kBAlongK, Epilogue kEpilogue>
@@ -88,9 +74,7 @@ __global__ void __launch_bounds__(kThreads) gemm_sm90_kernel(const __grid_consta
   more_registers<232>();
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x & 31;
   const int row0 = m0 + group * 64 + warp * 16 + lane / 4, column0 = n0 + lane % 4 * 2;
-  float acc[64];
-#pragma unroll
-  for (int i = 0; i < 64; ++i) acc[i] = 0.f;
+  float acc[1][16][4] = {};
   for (int step = 0; step < steps; ++step) {
     const int s = step % kStages;
     const uint32_t tile = shared_address(shared + s * 2 * kTileBytes);
@@ -100,12 +84,12 @@ __global__ void __launch_bounds__(kThreads) gemm_sm90_kernel(const __grid_consta
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kStep; k += 16) {
-      wgmma<T, kTile, !kBAlongK>(acc, a, b, true);
+      wgmma<T, kTile, !kBAlongK>(reinterpret_cast<float(&)[64]>(acc), a, b, true);
       a = step_along_k(a);
       b = kBAlongK ? step_along_k(b) : step_across_k(b);
     }
     wgmma_commit();
-    if (kEpilogue == Epilogue::plain && step + 1 == low_steps && g.dropped == Dropped::low) {
+    if (kEpilogue == Epilogue::plain && step + 1 == low_steps && g.dropout.seed) {
       wgmma_wait<0>();
       if (step > 0) barrier_arrive(empty + (step - 1) % kStages);
       drop(g.dropout, row0, column0, acc);
@@ -117,32 +101,13 @@ __global__ void __launch_bounds__(kThreads) gemm_sm90_kernel(const __grid_consta
   wgmma_wait<0>();
 
   float sums[16][2] = {};
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const int column = column0 + 8 * j;
-    float bias[2] = {};
-    if (g.bias) load_pair(static_cast<const T*>(g.bias), column, column, g.N, bias);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row0 + 8 * half;
-      if (row >= g.M) continue;
-      float v[2] = {acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]};
-      finish_pair<T, kEpilogue>(g, row, column, bias, v, sums[j]);
-    }
-  }
+  finish<T, kEpilogue>(g, row0, column0, acc, sums);
   if constexpr (kEpilogue == Epilogue::activate_backward) {
     if (!g.sums) return;
     // Over the 8 rows of a fragment by shuffles, over the 8 warps through shared memory, which nobody else uses any more.
     named_barrier(1, 256);
     float* shares = reinterpret_cast<float*>(shared);
-#pragma unroll
-    for (int j = 0; j < 16; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float s = sums[j][e];
-        for (int offset = 4; offset < 32; offset *= 2) s += __shfl_xor_sync(~0u, s, offset);
-        if (lane < 4) shares[(group * 4 + warp) * kTile + 8 * j + lane * 2 + e] = s;
-      }
+    sum_over_warp(sums, shares + (group * 4 + warp) * kTile);
     named_barrier(1, 256);
     const int i = threadIdx.x - 128;
     if (i >= kTile || n0 + i >= g.N) return;
@@ -182,22 +147,19 @@ cudaError_t choose(const Gemm& g, const Maps& maps, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t gemm_sm90(const Gemm& g, cudaStream_t stream, bool* taken) {
-  *taken = false;
+std::optional<cudaError_t> gemm_sm90(const Gemm& g, cudaStream_t stream) {
   const int64_t tiles = int64_t(gemm_row_tiles(g.M)) * gemm_row_tiles(g.N);
-  const bool reads_as_it_is = g.dropped == Dropped::nothing || g.dropped == Dropped::low;
-  if (!g.a.along_k || g.splits > 1 || g.K < 1 || tiles > 0x7FFFFFFF || !reads_as_it_is) return cudaSuccess;
+  if (g.K < 1 || tiles > 0x7FFFFFFF) return std::nullopt;
   const int low_b_stride = g.b.along_k ? g.rank : g.N;
   if (!aligned(g.a.data, g.a.stride) || !aligned(g.b.data, g.b.stride) || !aligned(g.low, g.rank) ||
       !aligned(g.low_b, low_b_stride))
-    return cudaSuccess;
+    return std::nullopt;
   Maps maps{};
   if (!map_of(&maps.a, g.a.data, g.a.stride, true, g.M, g.K) || !map_of(&maps.b, g.b.data, g.b.stride, g.b.along_k, g.N, g.K))
-    return cudaSuccess;
+    return std::nullopt;
   if (g.rank && (!map_of(&maps.low, g.low, g.rank, true, g.M, g.rank) ||
                  !map_of(&maps.low_b, g.low_b, low_b_stride, g.b.along_k, g.N, g.rank)))
-    return cudaSuccess;
-  *taken = true;
+    return std::nullopt;
   switch (g.dtype) {
     case DType::f16: return choose<__half>(g, maps, stream);
     case DType::bf16: return choose<__nv_bfloat16>(g, maps, stream);

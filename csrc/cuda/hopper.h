@@ -1,7 +1,7 @@
 #pragma once
 // What sm_90a has beyond csrc/cuda/mma.h: copies by tensor map (TMA), barriers in shared memory that count them, and
 // products of a warpgroup that read shared memory (wgmma). PTX under nvcc, csrc/emulation/hopper.h on a CPU;
-// tests/emulation/conformance_sm90.cu holds the two to the same results.
+// tests/emulation/conformance_sm90.h holds the two to the same results.
 //
 // Tiles of 16-bit elements lie as TMA's 128-byte swizzle puts them: rows of 64 elements (128 bytes), the 16-byte chunks of
 // row r exchanged by xor with r % 8; a tile begins at a multiple of 1024 bytes.
@@ -119,62 +119,34 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+// The registers d[0 .. 31] and d[0 .. 63] of a product, as operands of asm and as its text names them.
 #define LLMFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LLMFAST_D16(i) LLMFAST_D4(i), LLMFAST_D4(i + 4), LLMFAST_D4(i + 8), LLMFAST_D4(i + 12)
 #define LLMFAST_D32 LLMFAST_D16(0), LLMFAST_D16(16)
 #define LLMFAST_D64 LLMFAST_D32, LLMFAST_D16(32), LLMFAST_D16(48)
+#define LLMFAST_NAMES32                            \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LLMFAST_NAMES64                                                  \
+  LLMFAST_NAMES32                                                        \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"    \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define LLMFAST_WGMMA(n, type, d, names, a_, b_, accumulate_, across_)                                             \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " accumulate_ ", 0;\n"                                              \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, " a_ ", " b_           \
+               ", p, 1, 1, 0, " across_ "; }"                                                                       \
+               : d : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kBAcrossK)))
 // d (64, N) = a (64, 16) b (16, N), added to d if `accumulate`; T is __half or __nv_bfloat16, a along k. By a warpgroup.
 template <typename T, int N, bool kBAcrossK>
 __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(N == 64 || N == 128);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (N == 64)
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-          "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-          "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-          "%32, %33, p, 1, 1, 0, %35; }"
-          : LLMFAST_D32
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kBAcrossK)));
-    else
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-          "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-          "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-          "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-          "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-          "%64, %65, p, 1, 1, 0, %67; }"
-          : LLMFAST_D64
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kBAcrossK)));
-  } else {
-    if constexpr (N == 64)
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %34, 0;\n"
-          "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-          "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-          "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-          "%32, %33, p, 1, 1, 0, %35; }"
-          : LLMFAST_D32
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kBAcrossK)));
-    else
-      asm volatile(
-          "{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-          "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-          "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-          "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-          "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-          "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-          "%64, %65, p, 1, 1, 0, %67; }"
-          : LLMFAST_D64
-          : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kBAcrossK)));
-  }
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (N == 64 && kHalf) LLMFAST_WGMMA("64", "f16", LLMFAST_D32, LLMFAST_NAMES32, "%32", "%33", "%34", "%35");
+  if constexpr (N == 64 && !kHalf) LLMFAST_WGMMA("64", "bf16", LLMFAST_D32, LLMFAST_NAMES32, "%32", "%33", "%34", "%35");
+  if constexpr (N == 128 && kHalf) LLMFAST_WGMMA("128", "f16", LLMFAST_D64, LLMFAST_NAMES64, "%64", "%65", "%66", "%67");
+  if constexpr (N == 128 && !kHalf) LLMFAST_WGMMA("128", "bf16", LLMFAST_D64, LLMFAST_NAMES64, "%64", "%65", "%66", "%67");
 }
-#undef LLMFAST_D4
-#undef LLMFAST_D16
-#undef LLMFAST_D32
-#undef LLMFAST_D64
+#undef LLMFAST_WGMMA
 #endif
 
 }  // namespace llmfast::cuda

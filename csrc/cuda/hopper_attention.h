@@ -36,46 +36,20 @@ __device__ inline void tma_load_head(void* tile, const HeadsMap* map, int batch,
       : "memory");
 }
 
-#define LLMFAST_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define LLMFAST_D16(i) LLMFAST_D4(i), LLMFAST_D4(i + 4), LLMFAST_D4(i + 8), LLMFAST_D4(i + 12)
-#define LLMFAST_WGMMA_64(type)                                              \
-  asm volatile(                                                             \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {"      \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"              \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "  \
-      "{%32,%33,%34,%35}, %36, 1, 1, 1, 1;"                                 \
-      : LLMFAST_D16(0), LLMFAST_D16(16)                                     \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define LLMFAST_WGMMA_128(type)                                             \
-  asm volatile(                                                             \
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"     \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"              \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"    \
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"    \
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "  \
-      "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"                                 \
-      : LLMFAST_D16(0), LLMFAST_D16(16), LLMFAST_D16(32), LLMFAST_D16(48)   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define LLMFAST_WGMMA(n, type, d, names, a_, b_)                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, {" a_ "}, " b_ ", 1, 1, 1, 1;" \
+               : d : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
 // d (64, N) += a (64, 16) b (16, N): a in registers, each warp's 16 rows as a fragment of mma_m16n8k16; b across k.
 template <typename T, int N>
 __device__ inline void wgmma_from_registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {
   static_assert(N == 64 || N == 128);
-  if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (N == 64)
-      LLMFAST_WGMMA_64("f16");
-    else
-      LLMFAST_WGMMA_128("f16");
-  } else {
-    if constexpr (N == 64)
-      LLMFAST_WGMMA_64("bf16");
-    else
-      LLMFAST_WGMMA_128("bf16");
-  }
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (N == 64 && kHalf) LLMFAST_WGMMA("64", "f16", LLMFAST_D32, LLMFAST_NAMES32, "%32,%33,%34,%35", "%36");
+  if constexpr (N == 64 && !kHalf) LLMFAST_WGMMA("64", "bf16", LLMFAST_D32, LLMFAST_NAMES32, "%32,%33,%34,%35", "%36");
+  if constexpr (N == 128 && kHalf) LLMFAST_WGMMA("128", "f16", LLMFAST_D64, LLMFAST_NAMES64, "%64,%65,%66,%67", "%68");
+  if constexpr (N == 128 && !kHalf) LLMFAST_WGMMA("128", "bf16", LLMFAST_D64, LLMFAST_NAMES64, "%64,%65,%66,%67", "%68");
 }
-#undef LLMFAST_D4
-#undef LLMFAST_D16
-#undef LLMFAST_WGMMA_64
-#undef LLMFAST_WGMMA_128
+#undef LLMFAST_WGMMA
 #endif
 
 }  // namespace llmfast::cuda

@@ -187,6 +187,10 @@ inline void fiber_main() {
   user_code = true;
   machine.body(machine.body_argument);
   Quiet quiet;
+  const auto waited_for = [](const auto& copies) { return copies.empty(); };
+  const Thread& self = *machine.current;
+  if (!waited_for(self.copies) || !std::all_of(self.groups.begin(), self.groups.end(), waited_for))
+    fail("a thread ends while its copies are under way");
   machine.current->state = State::done;
   ++machine.done;
   leave_fiber(true);
@@ -383,6 +387,7 @@ inline void run_block() {
     machine.landings.erase(machine.landings.begin() + int64_t(next));
     land();
   }
+  if (!machine.landings.empty()) throw Error(machine.kernel + ": a block ends while copies to it are under way");
 }
 
 // Shared memory of `bytes`; what lies between its end and the next multiple of the alignment is off limits to ASan.

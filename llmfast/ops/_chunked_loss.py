@@ -9,8 +9,7 @@ For a chunk of rows: logits = x W^T + b, softmax in place, then per row
 The gradients come in the forward pass, since dz is at hand there; the backward pass only multiplies them by the
 incoming scalar. The chunk loop is here in plain PyTorch (the row weights c go onto x and dx, which are narrow, instead
 of dz), around a kernel for GPUs (csrc/cuda/cross_entropy.cu), and as one raw op in csrc/cpu/linear_cross_entropy.cpp
-and kernels/linear_cross_entropy.py. N rows, C width,
-V vocabulary.
+and kernels/linear_cross_entropy.py. N rows, C width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from llmfast.ops.matmul import add_mm_tn, mm_nn, mm_nt, mm_tn, uses_onednn, with
 # Rows of a chunk at least (measured on a CPU: fewer stream the weight too often), and elements where there may be more.
 ROWS = 512
 CPU_ELEMENTS, GPU_ELEMENTS = 1 << 18, 1 << 26
-# In front of the namespace of the raw ops: the chunk loop is _cuda_chunks.
-CUDA = "cuda:"
 # A library may sum a result of so few elements in one long chain: it is made in pieces of so many terms instead.
 SMALL_RESULT, PIECE = 1 << 12, 128
 
@@ -59,9 +56,9 @@ def chunked(
 
     x (N, C), weight (V, C), bias (V,) or None; target (N,) int64, every one in [0, V); counts (N,): 1, or 0 for an
     ignored row (its row_weight must be 0 too), or NaN to poison it; row_weight (N,) float; dtype: of the products
-    (default: x's); kernel: namespace of the raw op that does it, after
-    ``CUDA`` of the raw op that does the softmax, else PyTorch. The gradients have the dtypes of what
-    they belong to; sums over rows are kept in float32 or better. On a CPU, ignored rows cost nothing.
+    (default: x's); kernel: the raw op, as NAMESPACE.NAME, that does all of it (linear_cross_entropy) or the softmax
+    alone (softmax_gradient_); without one, PyTorch does. The gradients have the dtypes of what they belong to; sums
+    over rows are kept in float32 or better. On a CPU, ignored rows cost nothing.
     """
     (N, C), V = x.shape, weight.shape[0]
     if x.is_cpu:  # elsewhere, looking would wait for the device
@@ -70,13 +67,13 @@ def chunked(
             few = (x[kept], weight, bias, target[kept], counts[kept], row_weight[kept])
             return _spread(chunked(*few, label_smoothing, wants, dtype, kernel), kept, N)
     low, dtype = dtype or x.dtype, _loss_dtype(x)
-    if kernel.startswith(CUDA):
-        return _cuda_chunks(x, weight, bias, target, counts, row_weight, label_smoothing, wants, low, kernel)
-    if kernel:
-        products = low is torch.bfloat16 if kernel == "llmfast" else low
-        done = getattr(torch.ops, kernel).linear_cross_entropy.default(
-            x, weight, bias, target, row_weight, label_smoothing, products, *wants
-        )
+    namespace, _, name = kernel.partition(".")
+    if name == "softmax_gradient_":
+        return _cuda_chunks(x, weight, bias, target, counts, row_weight, label_smoothing, wants, low, namespace)
+    if name:
+        products = low is torch.bfloat16 if namespace == "llmfast" else low
+        raw = getattr(getattr(torch.ops, namespace), name).default
+        done = raw(x, weight, bias, target, row_weight, label_smoothing, products, *wants)
         gradients = (g if want else None for g, want in zip(done[1:], wants, strict=True))
         return Chunked(done[0] * counts, *gradients)
     xs, ws = x.to(low), weight.to(low)
@@ -139,7 +136,7 @@ def chunked(
 
 def _cuda_chunks(
     x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, counts: Tensor, row_weight: Tensor,
-    label_smoothing: float, wants: tuple[bool, bool, bool], low: torch.dtype, kernel: str,
+    label_smoothing: float, wants: tuple[bool, bool, bool], low: torch.dtype, namespace: str,
 ) -> Chunked:  # fmt: skip
     """As ``chunked``, with the softmax, its loss and its gradient in one kernel of csrc/cuda/cross_entropy.cu.
 
@@ -147,7 +144,7 @@ def _cuda_chunks(
     weights c enter as c / max |c|, so that a mean over many rows does not underflow in float16.
     """
     (N, C), V = x.shape, weight.shape[0]
-    raw = getattr(torch.ops, kernel.removeprefix(CUDA))
+    raw = getattr(torch.ops, namespace)
     xs, ws, bs = x.to(low), weight.to(low), None if bias is None else bias.to(low).contiguous()
     rows = max(1, min(N, 2 * GPU_ELEMENTS // max(V, 1)))  # each chunk reads and writes all of the float32 dweight
     buffer = torch.empty(rows, -(-V // 64) * 64, dtype=low, device=x.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmfast.config import suggest
 from llmfast.ops import _checks, _library, _triton
-from llmfast.ops._chunked_loss import CUDA, ChunkedRows, ChunkedSum, chunked, chunked_rows, chunked_sum
+from llmfast.ops._chunked_loss import ChunkedRows, ChunkedSum, chunked, chunked_rows, chunked_sum
 from llmfast.ops._registry import Cost, Implementation, Op
 from llmfast.ops._samples import Randn, pick, tensor_bytes
 from llmfast.ops.matmul import products_go_elsewhere
@@ -109,9 +109,9 @@ def _in_chunks(
 
 
 # csrc/cpu/linear_cross_entropy.cpp; csrc/cuda/cross_entropy.cu around cuBLAS; kernels/linear_cross_entropy.py
-_native = functools.partial(_in_chunks, kernel="llmfast")
-_cuda = functools.partial(_in_chunks, kernel=f"{CUDA}llmfast")
-_triton_kernel = functools.partial(_in_chunks, kernel=_triton.NAMESPACE)
+_native = functools.partial(_in_chunks, kernel="llmfast.linear_cross_entropy")
+_cuda = functools.partial(_in_chunks, kernel="llmfast.softmax_gradient_")
+_triton_kernel = functools.partial(_in_chunks, kernel=f"{_triton.NAMESPACE}.linear_cross_entropy")
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)

@@ -39,7 +39,7 @@ void test(DType dtype) {
   const Dropout dropout = pick(0, 2) ? Dropout{} : make_dropout(&seed, pick(1, 9) * 0.1);
   std::vector<int64_t> kv_lens, doc_ids;
   if (!pick(0, 2))
-    for (int b = 0; b < B; ++b) kv_lens.push_back(pick(0, Tk));
+    for (int b = 0; b < B; ++b) kv_lens.push_back(pick(0, 3) ? pick(0, Tk) : 0);
   if (!pick(0, 2))
     for (int b = 0; b < B; ++b)
       for (int j = 0, doc = 0; j < Tk; ++j) doc_ids.push_back((doc += !pick(0, 20)) + (int64_t(1) << 40));

@@ -79,6 +79,7 @@ DRIVERS = {
     "cross_entropy": ["cross_entropy"],
     "activation": ["activation"],
     "gemm": ["gemm", "gemm_sm90"],
+    "lora_linear": ["lora_linear"],
 }
 
 

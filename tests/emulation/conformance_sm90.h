@@ -54,19 +54,27 @@ inline void test_named_barrier() {
   require_same("value", out.host(), want);
 }
 
+#if LLMFAST_SM90_CODE
+// One thread begins copies of so many bytes; all wait until they are there.
+template <typename F>
+__device__ void fetch(uint64_t* barrier, int bytes, F begin) {
+  if (threadIdx.x == 0) {
+    barrier_init(barrier, 1);
+    barrier_init_fence();
+    barrier_arrive_expect(barrier, bytes);
+    begin();
+  }
+  __syncthreads();
+  barrier_wait(barrier, 0);
+}
+#endif
+
 // A box, byte by byte as it lies in shared memory.
 __global__ void run_tma(const __grid_constant__ TensorMap map, int row, int column, int bytes, uint16_t* out) {
 #if LLMFAST_SM90_CODE
   LLMFAST_DYN_SHARED(unsigned char, tile, 1024);
   uint64_t* barrier = reinterpret_cast<uint64_t*>(tile + bytes);
-  if (threadIdx.x == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-    barrier_arrive_expect(barrier, bytes);
-    tma_load(tile, &map, row, column, barrier);
-  }
-  __syncthreads();
-  barrier_wait(barrier, 0);
+  fetch(barrier, bytes, [&] { tma_load(tile, &map, row, column, barrier); });
   for (int i = threadIdx.x; i < bytes / 2; i += blockDim.x) out[i] = reinterpret_cast<uint16_t*>(tile)[i];
 #endif
 }
@@ -100,18 +108,13 @@ __global__ void run_wgmma(const __grid_constant__ TensorMap a_map, const __grid_
   constexpr int kABytes = 64 * 128, kBBytes = N * 128;
   LLMFAST_DYN_SHARED(unsigned char, shared, 1024);
   uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + kABytes + kBBytes);
-  if (threadIdx.x == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-    barrier_arrive_expect(barrier, kABytes + kBBytes);
+  fetch(barrier, kABytes + kBBytes, [&] {
     tma_load(shared, &a_map, 0, 0, barrier);
     if (kBAcrossK)
       for (int n = 0; n < N; n += 64) tma_load(shared + kABytes + n * 128, &b_map, 0, n, barrier);
     else
       tma_load(shared + kABytes, &b_map, 0, 0, barrier);
-  }
-  __syncthreads();
-  barrier_wait(barrier, 0);
+  });
   float d[N / 2];
   for (int i = 0; i < N / 2; ++i) d[i] = 1e30f;  // the first product does not read it
   for (int turn = 0; turn < 2; ++turn) {
@@ -160,14 +163,7 @@ __global__ void run_tma_head(const __grid_constant__ HeadsMap map, int batch, in
 #if LLMFAST_SM90_CODE
   LLMFAST_DYN_SHARED(unsigned char, tile, 1024);
   uint64_t* barrier = reinterpret_cast<uint64_t*>(tile + bytes);
-  if (threadIdx.x == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-    barrier_arrive_expect(barrier, bytes);
-    tma_load_head(tile, &map, batch, head, row, column, barrier);
-  }
-  __syncthreads();
-  barrier_wait(barrier, 0);
+  fetch(barrier, bytes, [&] { tma_load_head(tile, &map, batch, head, row, column, barrier); });
   for (int i = threadIdx.x; i < bytes / 2; i += blockDim.x) out[i] = reinterpret_cast<uint16_t*>(tile)[i];
 #endif
 }
@@ -177,7 +173,7 @@ inline void test_tma_head() {
   std::vector<uint16_t> host(B * T * H * D);
   for (auto& v : host) v = uint16_t(integer(1, 0xFFFF));
   Device<uint16_t> in(host), out(box_rows * kTileRow);
-  HeadsMap map;
+  HeadsMap map{};
   require(make_heads_map(&map, {in.data(), T * H * D, D, H * D}, B, H, T, D, box_rows), "no tensor map");
   const int places[][4] = {{0, 0, 0, 0}, {1, 2, 16, 64}, {1, 0, 32, 0}, {0, 1, 48, 64}};
   for (const auto& [batch, head, row, column] : places) {
@@ -199,14 +195,7 @@ __global__ void run_wgmma_from_registers(const float* a, const __grid_constant__
   constexpr int kBytes = 32 * 128;  // of 64 columns of b
   LLMFAST_DYN_SHARED(unsigned char, shared, 1024);
   uint64_t* barrier = reinterpret_cast<uint64_t*>(shared + N / 64 * kBytes);
-  if (threadIdx.x == 0) {
-    barrier_init(barrier, 1);
-    barrier_init_fence();
-    barrier_arrive_expect(barrier, N / 64 * kBytes);
-    for (int n = 0; n < N; n += 64) tma_load(shared + n / 64 * kBytes, &b_map, 0, n, barrier);
-  }
-  __syncthreads();
-  barrier_wait(barrier, 0);
+  fetch(barrier, N / 64 * kBytes, [&] { for (int n = 0; n < N; n += 64) tma_load(shared + n / 64 * kBytes, &b_map, 0, n, barrier); });
   const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   float d[N / 2];
   uint32_t fragment[2][4];

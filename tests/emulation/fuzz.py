@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from builds import DRIVERS, driver, run
+from builds import BUILDS, DRIVERS, driver, run
 
 LANES = [("release", 1, {}), ("sanitized", 1, {}), ("race", 1, {}), ("race", 10, {"LLMFAST_RACE_GLOBAL": "1"})]
 
@@ -23,10 +23,11 @@ def main() -> int:
     parser.add_argument("drivers", nargs="*", default=list(DRIVERS), choices=[*DRIVERS, []])
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--builds", nargs="+", default=list(BUILDS), choices=BUILDS)
     options = parser.parse_args()
     failed = 0
     for name in options.drivers:
-        for build, share, environment in LANES:
+        for build, share, environment in (lane for lane in LANES if lane[0] in options.builds):
             program = driver(build, name)
             began, left = time.monotonic(), -(-options.cases // share)
             done = None

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <memory>
 
-#include "cuda/dialect.h"
+#include "cuda/mma.h"
 
 namespace {
 
@@ -59,6 +59,13 @@ __global__ void same_cell(int* cell) {
   if (threadIdx.x == 0) *cell = int(blockIdx.x);
 }
 
+__global__ void copies(const int* from, bool waits) {
+  LLMFAST_DYN_SHARED(int, values, 16);
+  llmfast::cuda::cp_async16(values + 4 * threadIdx.x, from + 4 * threadIdx.x);
+  llmfast::cuda::cp_async_commit();
+  if (waits) llmfast::cuda::cp_async_wait<0>();
+}
+
 void require(bool condition) {
   if (!condition) throw emu::Error("WRONG RESULT");
 }
@@ -101,6 +108,9 @@ void run(const std::string& name) {
     require(out[31] == 1);
   } else if (name == "huge-frame") {
     LLMFAST_LAUNCH(huge_frame, 1, 1, 0, nullptr);
+  } else if (name == "copies" || name == "copies-without-wait") {
+    alignas(16) const int from[128] = {};
+    LLMFAST_LAUNCH(copies, 1, 32, 512, nullptr, from, name == "copies");
   } else if (name == "blocks-share-a-cell") {
     auto cell = std::make_unique<int>(0);
     LLMFAST_LAUNCH(same_cell, 2, 32, 0, nullptr, cell.get());

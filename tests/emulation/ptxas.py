@@ -1,11 +1,15 @@
 """Compiles every CUDA kernel with nvcc for each architecture: no warning, no spill but where ALLOWED says why.
 
 python tests/emulation/ptxas.py [--arch 80 90a] [FILE...]
+
+What nvcc said is kept under build/ptxas/, by what it compiled, so that only what has changed is compiled again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import re
 import subprocess
 import sys
@@ -13,7 +17,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+ROOT = Path(__file__).resolve().parents[2]
+CSRC, KEPT = ROOT / "csrc", ROOT / "build/ptxas"
 
 # kernels (a pattern of the whole name) -> bytes that they may spill, and why
 ALLOWED = {
@@ -32,18 +37,49 @@ ALLOWED = {
 }
 
 
+def sources_of(path: Path) -> dict[Path, str]:
+    """The texts of a source and of what it includes of csrc/, whichever way the preprocessor would go."""
+    texts, left = {}, [path]
+    while left:
+        one = left.pop()
+        if one not in texts and one.exists():
+            texts[one] = one.read_text(encoding="utf-8")
+            left += [CSRC / name for name in re.findall(r'#include "([^"]+)"', texts[one])]
+    return texts
+
+
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def nvcc_says(path: Path, arch: str) -> str:
+    """What nvcc prints; its last line is the exit status."""
+    command = f"nvcc -std=c++17 -O3 -gencode arch=compute_{arch},code=sm_{arch} -Xptxas -v -c"
+    texts = sources_of(path)
+    what = "".join([command, nvcc_version(), *(texts[key] for key in sorted(texts))])
+    known = KEPT / f"{path.stem}-{arch}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.txt"
+    if not known.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            rest = [f"-I{CSRC}", str(path), "-o", f"{folder}/out.o"]
+            done = subprocess.run([*command.split(), *rest], capture_output=True, text=True)
+        KEPT.mkdir(parents=True, exist_ok=True)
+        for stale in KEPT.glob(f"{path.stem}-{arch}-*"):
+            stale.unlink()
+        known.write_text(f"{done.stderr}\n{done.returncode}")
+    return known.read_text()
+
+
 def compile_one(path: Path, arch: str) -> tuple[list[str], list[str]]:
     """(lines of the table, problems)"""
-    with tempfile.TemporaryDirectory() as folder:
-        command = f"nvcc -std=c++17 -O3 -I{CSRC} -gencode arch=compute_{arch},code=sm_{arch} -Xptxas -v -c {path}"
-        done = subprocess.run([*command.split(), "-o", f"{folder}/out.o"], capture_output=True, text=True)
-    names = iter(re.findall(r"Compiling entry function '(\w+)'", done.stderr))
+    said, status = nvcc_says(path, arch).rsplit("\n", 1)
+    names = re.findall(r"Compiling entry function '(\w+)'", said)
     plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True).stdout.splitlines()
-    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    registers = re.findall(r"Used (\d+) registers", done.stderr)
-    warnings = [line for line in done.stderr.splitlines() if re.search("warning|error|Performance Loss", line, re.I)]
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.findall(r"Used (\d+) registers", said)
+    warnings = [line for line in said.splitlines() if re.search("warning|error|Performance Loss", line, re.I)]
     lines, problems = [], [f"{path.name} sm_{arch}: {line}" for line in warnings]
-    if done.returncode or not len(plain) == len(spilled) == len(registers):
+    if status != "0" or not len(plain) == len(spilled) == len(registers):
         problems.append(f"{path.name} sm_{arch}: does not compile, or says so in an unknown form")
     for name, (stores, loads), used in zip(plain, spilled, registers, strict=False):
         short = re.sub(r"llmfast::cuda::|\(anonymous namespace\)::|^void |\(.*\)$", "", name)

@@ -40,7 +40,7 @@ def _emulated(raw, monkeypatch, one_thread):
         op = OPS[name]
         cuda = next(i for i in op.implementations if i.backend == "cuda")
         run = cuda.run.func
-        keywords = {k: "cuda:llmfast_emulated" for k in cuda.run.keywords}
+        keywords = {k: v.replace("llmfast", "llmfast_emulated") for k, v in cuda.run.keywords.items()}
         first = () if keywords else (raw,)
 
         def emulated(*args, run=run, first=first, keywords=keywords):

@@ -167,7 +167,7 @@ def test_opcheck_of_the_native_products(dtype):
     torch.library.opcheck(raw.column_sums.default, (a,))
 
 
-@pytest.mark.parametrize("kernel", [pytest.param("llmfast", marks=needs_library), ""])
+@pytest.mark.parametrize("kernel", [pytest.param("llmfast.linear_cross_entropy", marks=needs_library), ""])
 @pytest.mark.parametrize("bias", [True, False])
 def test_opcheck_of_the_chunked_losses(bias, kernel):
     x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
