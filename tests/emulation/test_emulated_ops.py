@@ -19,7 +19,10 @@ from llmfast.ops._registry import OPS, Implementation, forget_choices
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ not found")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPS_HERE = ["layer_norm", "add_layer_norm", "causal_attention", "linear_cross_entropy", "mlp", "lora_linear"]
-WHOLE_VOCABULARY = {"rows": (3,), "C": 32, "V": 50257, "bias": True}
+MORE = {
+    "linear_cross_entropy": [{"rows": (3,), "C": 32, "V": 50257, "bias": True}],
+    "lora_linear": [{"rows": (70,), "K": 136, "N": 56, "r": 24}],  # a rank of two passes backward
+}
 SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
 
 
@@ -58,8 +61,7 @@ def _emulated(raw, monkeypatch, one_thread):
 def test_samples_and_random_shapes_equal_float64(name, dtype):
     op = OPS[name]
     rng = random.Random(zlib.crc32(f"{name} {dtype}".encode()))
-    more = [WHOLE_VOCABULARY] if name == "linear_cross_entropy" else []
-    for shape in [*op.samples, *more, *(op.random_shape(rng) for _ in range(4))]:
+    for shape in [*op.samples, *MORE.get(name, []), *(op.random_shape(rng) for _ in range(4))]:
         reasons = _verify.why_not(op, op.implementations[0], shape, dtype, "cpu")
         if reasons:
             assert (name, dtype) == ("lora_linear", torch.float32), reasons

@@ -36,5 +36,5 @@ def test_the_products_of_hopper_are_wgmma_on_tiles_brought_by_tma():
     assert len(attention) >= 24
     assert len(kernels) - len(attention) >= 8
     assert all("HGMMA" in body and "UTMALDG" in body for body in kernels)
-    ampere = re.compile("11gemm_kernel|14forward_kernelI.*Attention|(queries|keys)_kernel")
+    ampere = re.compile("11gemm_kernel|15low_rank_kernel|14forward_kernelI.*Attention|(queries|keys)_kernel")
     assert [name for name, body in code.items() if ampere.search(name) and "HMMA" not in body] == []
