@@ -222,6 +222,9 @@ class TrainConfig:
         None, "steps between checkpoints (default: with every evaluation; 0: only at the end)"
     )
     keep: int = option(2, "periodic checkpoints to keep, beside the best one")
+    async_save: Literal["auto", "on", "off"] = option(
+        "auto", "write checkpoints beside training, from a copy in the CPU's memory (auto: on GPUs)"
+    )
 
 
 @dataclass

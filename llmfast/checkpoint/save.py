@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +20,134 @@ from safetensors.torch import save_file
 from llmfast.checkpoint import layout
 from llmfast.errors import UserError
 from llmfast.files import hash_file
+from llmfast.ranks import Ranks
 
 
-def save_checkpoint(
-    root: str | Path,
-    step: int,
-    *,
-    model: Any,
-    tokenizer: Any = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    state: dict[str, Any] | None = None,
-    best: bool = False,
-    keep: int = 2,
-) -> Path:
-    """Write ``root/step-NNNNNN`` and return it.
+def save_checkpoint(root: str | Path, step: int, **content: Any) -> Path:
+    """Write ``root/step-NNNNNN`` and return it; ``content`` is that of ``Saving``.
+
+    ``latest`` (and ``best`` where ``best`` is true) moves only after the directory stands complete on the disk; then
+    all but the ``keep`` newest and the best one are deleted. Raises ``UserError`` when it cannot be written; what was
+    there before is intact.
+    """
+    return Saving(root, step, **content).finish()
+
+
+class Saving:
+    """A checkpoint on its way to the disk: every rank makes one, in turn, and calls ``finish``; the first one writes.
 
     ``root`` is a run's ``checkpoints`` folder. ``model`` offers ``save_pretrained(directory)``; ``state`` is what
-    else a resume needs, as JSON values. ``latest`` (and ``best`` where ``best`` is true) moves only after the
-    directory stands complete on the disk; then all but the ``keep`` newest and the best one are deleted. Raises
-    ``UserError`` when it cannot be written; what was there before is intact.
+    else a resume needs, as JSON values. ``beside``: training goes on meanwhile, for a thread writes a copy, in the
+    CPU's memory, of all that training changes.
     """
-    root = Path(root)
-    name = layout.step_name(step)
-    building = layout.temporary(root, name)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        remove_stale(root)
-        building.mkdir()
-        model.save_pretrained(building)
-        if optimizer is not None:
-            save_file(optimizer_tensors(model, optimizer), building / layout.OPTIMIZER_FILE)
-        if tokenizer is not None:
-            tokenizer.save(building)
-        write_state(building, step, state or {})
-        publish(building, root / name, checksums(building, layout.files_in(building)), best=best, keep=keep)
-    except (OSError, SafetensorError) as error:
-        for path in layout.stale_in(root):
-            _delete(path)
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UserError(
-            f"cannot write the checkpoint {root / name}: {reason}; make room or choose another --out, then --resume "
-            "(earlier checkpoints are intact)"
-        ) from error
-    return root / name
+
+    def __init__(
+        self,
+        root: str | Path,
+        step: int,
+        *,
+        model: Any,
+        tokenizer: Any = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        state: dict[str, Any] | None = None,
+        best: bool = False,
+        keep: int = 2,
+        ranks: Ranks | None = None,
+        beside: bool = False,
+    ) -> None:
+        self._root, self._step = Path(root), step
+        self._model, self._tokenizer, self._optimizer, self._state = model, tokenizer, optimizer, state or {}
+        self._best, self._keep = best, keep
+        self._ranks, self._beside = ranks or Ranks(), beside
+        self.path = self._root / layout.step_name(step)
+        self._building = Path(self._ranks.gather(str(layout.temporary(self._root, self.path.name)))[0])
+        with self._or_intact():
+            self._ranks.succeed(self._begin if self._ranks.first else lambda: None)
+            self._capture()
+        self._written: Future[dict[str, dict[str, Any]]] = Future()
+        if beside:
+            threading.Thread(target=self._run, name="llmfast checkpoint", daemon=True).start()
+        else:
+            self._run()
+
+    def done(self) -> bool:
+        """Whether this rank has written its part, or failed to."""
+        return self._written.done()
+
+    def finish(self) -> Path:
+        """Wait for all ranks, then give the checkpoint its name and move the pointers."""
+        ranks, files = self._ranks, dict[str, dict[str, Any]]()
+        with self._or_intact():
+            for part in ranks.gather(ranks.succeed(self._written.result)):
+                files |= part
+            ranks.succeed(lambda: self._publish(files) if ranks.first else None)
+        return self.path
+
+    def abandon(self, timeout: float) -> None:
+        """Leave it unfinished, once the thread is done or after ``timeout`` seconds; no other rank is asked."""
+        wait([self._written], timeout)
+        if self._ranks.first and self.done():
+            remove_stale(self._root)
+
+    def _begin(self) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        remove_stale(self._root)
+        self._building.mkdir()
+
+    def _capture(self) -> None:
+        """Fix what is to be written. Collective."""
+        if self._ranks.first:
+            tensors = optimizer_tensors(self._model, self._optimizer) if self._optimizer is not None else {}
+            if self._beside:
+                self._model = snapshot(self._model)
+                tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
+            self._tensors = tensors
+
+    def _write(self) -> dict[str, dict[str, Any]]:
+        """Write this rank's part, and the checksums of its files; not collective."""
+        if not self._ranks.first:
+            return {}
+        self._model.save_pretrained(self._building)
+        if self._optimizer is not None:
+            save_file(self._tensors, self._building / layout.OPTIMIZER_FILE)
+        self._write_rest()
+        return checksums(self._building, layout.files_in(self._building))
+
+    def _write_rest(self) -> None:
+        if self._tokenizer is not None:
+            self._tokenizer.save(self._building)
+        _write_json(self._building / layout.STATE_FILE, {"step": self._step, **self._state})
+
+    def _run(self) -> None:
+        try:
+            self._written.set_result(self._write())
+        except BaseException as error:
+            self._written.set_exception(OSError(str(error)) if isinstance(error, SafetensorError) else error)
+
+    def _publish(self, files: dict[str, dict[str, Any]]) -> None:
+        publish(self._building, self.path, files, best=self._best, keep=self._keep)
+
+    @contextmanager
+    def _or_intact(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._ranks.first:
+                remove_stale(self._root)
+            raise UserError(
+                f"cannot write the checkpoint {self.path}: {error.strerror or error}; make room or choose another "
+                "--out, then --resume (earlier checkpoints are intact)"
+            ) from error
+
+
+def snapshot(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of ``model`` in the CPU's memory; what does not train is shared with it."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().to("cpu", copy=True) for tensor in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = parameter
+        if parameter.requires_grad:
+            memo[id(parameter)] = torch.nn.Parameter(parameter.detach().to("cpu", copy=True))
+    return copy.deepcopy(model, memo)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -83,10 +172,6 @@ def remove_stale(root: str | Path) -> None:
     """Delete half-written directories of processes that are gone."""
     for path in layout.stale_in(Path(root)):
         _delete(path)
-
-
-def write_state(directory: Path, step: int, state: dict[str, Any]) -> None:
-    _write_json(directory / layout.STATE_FILE, {"step": step, **state})
 
 
 def _write_json(path: Path, value: Any) -> None:

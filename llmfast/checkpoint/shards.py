@@ -16,74 +16,81 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from llmfast.checkpoint import layout
-from llmfast.checkpoint.save import checksums, distinct, optimizer_tensors, publish, remove_stale, write_state
+from llmfast.checkpoint.save import Saving, checksums, distinct, optimizer_tensors, remove_stale
 from llmfast.errors import UserError
-from llmfast.ranks import Ranks, is_lost
 
 
-def save_sharded(
-    root: str | Path,
-    step: int,
-    *,
-    ranks: Ranks,
-    model: Any,
-    tokenizer: Any = None,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    best: bool = False,
-    keep: int = 2,
-) -> Path:
-    """As ``save_checkpoint``, of a model whose parameters are DTensors; every rank of ``ranks`` calls it."""
-    from llmfast.nn import pretrained
+class ShardSaving(Saving):
+    """``Saving`` of a model whose parameters are DTensors: every rank writes the part that it holds."""
 
-    root = Path(root)
-    name = layout.step_name(step)
-    building = Path(ranks.gather(str(layout.temporary(root, name)))[0])
-    whole = optimizer_tensors(model, optimizer)
-    counts = {key: tensor for key, tensor in whole.items() if not tensor.dim()}
-    parts = {**distinct(model), **{key: tensor for key, tensor in whole.items() if tensor.dim()}}
+    def _begin(self) -> None:
+        self._root.mkdir(parents=True, exist_ok=True)
+        remove_stale(self._root)
+        (self._building / layout.SHARDS).mkdir(parents=True)
 
-    def begin() -> None:
-        if ranks.first:
-            root.mkdir(parents=True, exist_ok=True)
-            remove_stale(root)
-            (building / layout.SHARDS).mkdir(parents=True)
-            pretrained.write_config(pretrained.describe(model), building)
-            save_file(counts, building / layout.OPTIMIZER_FILE)
-            if tokenizer is not None:
-                tokenizer.save(building)
-            write_state(building, step, state)
+    def _capture(self) -> None:
+        from llmfast.nn import pretrained
 
-    def own_checksums() -> dict[str, dict[str, Any]]:
-        own = set((building / layout.SHARDS).glob(f"shard-{ranks.rank + 1:05d}-*"))
-        rest = set(layout.files_in(building)) - set((building / layout.SHARDS).iterdir()) if ranks.first else set()
-        return checksums(building, sorted(own | rest))
+        whole = optimizer_tensors(self._model, self._optimizer) if self._optimizer is not None else {}
+        self._tensors = {key: tensor for key, tensor in whole.items() if not tensor.dim()}
+        parts = {**distinct(self._model), **{key: tensor for key, tensor in whole.items() if tensor.dim()}}
+        self._description = pretrained.describe(self._model)
+        self._writer = _Writer(str(self._building / layout.SHARDS), copies=self._beside)
+        try:
+            dcp.save(parts, storage_writer=self._writer)
+        except CheckpointException as error:
+            raise _cause(error) from None
 
-    def finish() -> None:
-        if ranks.first:
-            publish(building, root / name, files, best=best, keep=keep)
+    def _write(self) -> dict[str, dict[str, Any]]:
+        from llmfast.nn import pretrained
 
-    files: dict[str, dict[str, Any]] = {}
-    try:
-        ranks.succeed(begin)
-        writer = HuggingFaceStorageWriter(str(building / layout.SHARDS), save_distributed=True)
-        dcp.save(parts, storage_writer=writer)
-        for part in ranks.gather(ranks.succeed(own_checksums)):
-            files |= part
-        ranks.succeed(finish)
-    except (OSError, CheckpointException) as error:
-        if ranks.first:
-            remove_stale(root)
-        if is_lost(cause := _cause(error)):
-            raise cause from None
-        raise UserError(
-            f"cannot write the checkpoint {root / name}: {_reason(error)}; make room or choose another --out, then "
-            "--resume (earlier checkpoints are intact)"
-        ) from error
-    return root / name
+        self._writer.write()
+        files = set((self._building / layout.SHARDS).glob(f"shard-{self._ranks.rank + 1:05d}-*"))
+        if self._ranks.first:
+            pretrained.write_config(self._description, self._building)
+            save_file(self._tensors, self._building / layout.OPTIMIZER_FILE)
+            self._write_rest()
+            files |= {path for path in self._building.iterdir() if path.is_file()}
+        return checksums(self._building, sorted(files))
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Keeps what ``dcp.save`` has it write, as copies in the CPU's memory or as it is, until ``write``."""
+
+    def __init__(self, path: str, *, copies: bool) -> None:
+        super().__init__(path, save_distributed=True)
+        self._copies = copies
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        tensors: dict[MetadataIndex, Any] = {item.index: planner.resolve_data(item) for item in plan.items}
+        if self._copies:
+            tensors = {index: tensor.detach().to("cpu", copy=True) for index, tensor in tensors.items()}
+        self._kept = plan, _Kept(tensors)
+        nothing: Future[list[WriteResult]] = Future()
+        nothing.set_result([])
+        return nothing
+
+    def write(self) -> None:
+        super().write_data(*self._kept).wait()
+
+
+class _Kept(DefaultSavePlanner):
+    """Has the data of a plan that is made."""
+
+    def __init__(self, tensors: dict[MetadataIndex, Any]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def resolve_data(self, item: WriteItem) -> Any:
+        return self._tensors[item.index]
 
 
 def load_into(path: Path, tensors: dict[str, Tensor]) -> None:

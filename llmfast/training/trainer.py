@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmfast import ops
-from llmfast.checkpoint import read_pointer, save_checkpoint
+from llmfast.checkpoint import read_pointer
 from llmfast.config import TrainConfig
 from llmfast.errors import UserError
 from llmfast.ranks import is_lost, join
@@ -33,6 +32,7 @@ from llmfast.training.parallel import Alone, parallelize
 from llmfast.training.report import Report, Silent, Speed
 from llmfast.training.resume import Progress, identity, resume, training_state
 from llmfast.training.rundir import RunDirectory
+from llmfast.training.saving import Saver
 from llmfast.training.schedule import learning_rate_at
 from llmfast.training.settings import check, resolve
 from llmfast.training.update import Update
@@ -151,11 +151,19 @@ class Trainer:
             self.watchdog,
             ops.use_backend(config.backend),
         ):
+            beside = config.async_save == "on" or (config.async_save == "auto" and self.device.type == "cuda")
+            content = dict(model=self.model, tokenizer=self.tokenizer, keep=config.keep, beside=beside)
+            saver = Saver(run.checkpoints, self.ranks, self.watchdog, **content)
             try:
-                return self._train(run, stop)
+                return self._train(run, stop, saver)
             except NotFiniteError as error:
+                with suppress(UserError):  # the disk is full as well
+                    saver.finish()
                 raise TrainingError(self._not_finite(error, run)) from None
             except Exception as error:
+                if self.ranks.size == 1:
+                    with suppress(UserError):
+                        saver.finish()
                 if is_out_of_memory(error):
                     micro = min(config.micro_batch_size, self.own.most)
                     raise TrainingError(failures.out_of_memory(config, self.device, micro, self.block_size)) from error
@@ -163,10 +171,11 @@ class Trainer:
                     self.watchdog.lost()
                 raise
             finally:
+                saver.leave()
                 self.parallel.rest()
                 self.model.eval()
 
-    def _train(self, run: RunDirectory, stop: StopRequest) -> TrainResult:
+    def _train(self, run: RunDirectory, stop: StopRequest, saver: Saver) -> TrainResult:
         config, model, ranks = self.config, self.model, self.ranks
         ops.tune_process(config.threads)
         for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -180,9 +189,9 @@ class Trainer:
         optimizer = build_optimizer(model, config)
         update = Update(optimizer, config.grad_clip, self.device, self.dtype, parallel)
         who = identity(model, config, self.train_data)
-        done, saved, notes = Progress(), None, list[str]()
+        done, notes = Progress(), list[str]()
         if config.resume:
-            done, saved, notes = resume(run.checkpoints, who, model, update)
+            done, saver.saved, notes = resume(run.checkpoints, who, model, update)
             ranks.agree(done.step, f"the checkpoints of {run.path}: every machine must see the same --out")
         if ranks.first:
             run.write_config(config)
@@ -218,7 +227,10 @@ class Trainer:
                 report.advance()
                 self.watchdog.begin()
 
-                stopping = ranks.any(stop.requested is not None)
+                stops, writes = ranks.sum(stop.requested is not None, saver.writes)
+                stopping = stops > 0
+                if not writes:
+                    saver.finish()
                 last = done.step == config.max_steps
                 evaluates = self.val_batches is not None and not stopping and _due(config.eval_every, done.step, last)
                 samples = self.tokenizer is not None and not stopping
@@ -246,12 +258,13 @@ class Trainer:
                     with self.watchdog.pause("sampling"):
                         report.sample(done.step, self._sample())
                 if saves or (improves and config.save_every):
-                    with self.watchdog.pause("saving"):
-                        saved = self._save(run, done, who, update, best=improves)
+                    state = training_state(done, who, update)
+                    saver.save(done.step, parallel, optimizer=optimizer, state=state, best=improves)
                 if evaluates:
                     report.plot()
                 speed.restart()
 
+            saver.finish()
             if stopping:
                 train_loss = None  # of an earlier step
             elif train_loss is None:
@@ -270,30 +283,12 @@ class Trainer:
             val_loss=done.val_loss,
             best_val_loss=done.best_val_loss,
             tokens_per_second=speed.overall,
-            checkpoint=saved,
+            checkpoint=saver.saved,
             best_checkpoint=read_pointer(run.checkpoints, "best"),
             interrupted=stopped,
             stopped_early=enough,
             metrics=metrics,
         )
-
-    def _save(self, run: RunDirectory, done: Progress, who: dict[str, Any], update: Update, *, best: bool) -> Path:
-        """Write a checkpoint: the first rank alone, or every rank its shards."""
-        self.parallel.rest()
-        options: dict[str, Any] = dict(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            optimizer=update.optimizer,
-            state=training_state(done, who, update),
-            best=best,
-            keep=self.config.keep,
-        )
-        if self.parallel.shards:
-            from llmfast.checkpoint.shards import save_sharded  # takes a second to import
-
-            return save_sharded(run.checkpoints, done.step, ranks=self.ranks, **options)
-        save = functools.partial(save_checkpoint, run.checkpoints, done.step, **options)
-        return self.ranks.gather(self.ranks.succeed(save if self.ranks.first else lambda: None))[0]
 
     def _gradients(self, model: Any, update: Update, position: int) -> tuple[Tensor, int, float, Sums]:
         """Leave ``divisor`` times the step's gradients in ``.grad``: (mean loss, tokens, divisor, sums).

@@ -34,6 +34,7 @@ def pretrain(out: Path, data: Path, parallel: str) -> list[str]:
     """A small run that goes on until it is stopped, and saves all the time."""
     shape = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --tokenizer byte --device cpu --threads 1".split()
     run = "--max-steps 1000000 --batch-size 8 --micro-batch-size 2 --save-every 3 --sample-every 0 --eval-every 1000"
+    run += " --async-save on"
     where = ["--out", str(out), "--data", str(data), "--parallel", parallel]
     return ["-m", "llmfast", "pretrain", *where, *shape, *run.split()]
 

@@ -179,6 +179,7 @@ def train(
     order = trainer.own.order(ranks)
     if ranks.first:
         print("order", order)
+        print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
         print(json.dumps(result.to_dict()))
     leave()
     return 128 + 15 if result.interrupted else 0
