@@ -6,7 +6,7 @@
 # (containers, several cards), name its interface: GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME=eth1.
 set -euo pipefail
 : "${MAIN:?the machine where all meet}" "${NODES:?how many machines, or FEWEST:MOST}"
-ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 [ "$ranks" -gt 0 ] || ranks=1
 # In the store that PyTorch 2.13 shares between starts, addresses of dead ranks remain, and newcomers wait forever.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -65,7 +65,7 @@ class Saving:
             self._ranks.succeed(self._begin if self._ranks.first else lambda: None)
             self._capture()
         self._written: Future[dict[str, dict[str, Any]]] = Future()
-        if beside:
+        if self._beside:
             threading.Thread(target=self._run, name="llmfast checkpoint", daemon=True).start()
         else:
             self._run()
@@ -96,12 +96,17 @@ class Saving:
 
     def _capture(self) -> None:
         """Fix what is to be written. Collective."""
-        if self._ranks.first:
-            tensors = optimizer_tensors(self._model, self._optimizer) if self._optimizer is not None else {}
-            if self._beside:
-                self._model = snapshot(self._model)
-                tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
-            self._tensors = tensors
+        if not self._ranks.first:
+            return
+        self._tensors = optimizer_tensors(self._model, self._optimizer) if self._optimizer is not None else {}
+        if self._beside:
+            try:
+                model = snapshot(self._model)
+                tensors = {key: tensor.to("cpu", copy=True) for key, tensor in self._tensors.items()}
+            except (TypeError, RuntimeError):  # no copy of such a model, or no memory for one: training waits
+                self._beside = False
+            else:
+                self._model, self._tensors = model, tensors
 
     def _write(self) -> dict[str, dict[str, Any]]:
         """Write this rank's part, and the checksums of its files; not collective."""

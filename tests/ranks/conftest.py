@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from launching import launch as launch_in
+from launching import metrics_of
 
 
 @pytest.fixture
@@ -16,7 +17,22 @@ def launch(tmp_path):
     return lambda size, name, *call, **options: launch_in(tmp_path / name, size, *call, **options)
 
 
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """beside(name, ranks, call=worker.train, **options) -> a future of Done: a launch beside others, two at a time.
+
+    ``beside.folder`` / name / "run" is the run.
+    """
+    with ThreadPoolExecutor(2) as pool:
+
+        def start(name, *arguments, **options):
+            return pool.submit(launch_in, start.folder / name, *arguments, **options)
+
+        start.folder = tmp_path_factory.mktemp("beside")
+        yield start
+
+
 @pytest.fixture
 def metrics(tmp_path):
     """metrics(name) -> the lines of a run's metrics.jsonl."""
-    return lambda name: [json.loads(line) for line in (tmp_path / name / "run" / "metrics.jsonl").open()]
+    return lambda name: metrics_of(tmp_path / name)

@@ -7,7 +7,6 @@ what FSDP2 holds on each rank; ends with an error where a bound is missed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import replace
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 import worker
-from launching import launch, weights
+from launching import launch, metrics_of, weights
 
 from llmfast.training.plan import bytes_sent, sharing
 
@@ -29,13 +28,9 @@ def report(what: str, value: float, bound: float) -> None:
         missed.append(what)
 
 
-def curve(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
-
-
 def apart(left: Path, right: Path, keys: tuple[str, ...] = ("loss", "val_loss")) -> float:
     """The largest difference of losses."""
-    a, b = curve(left), curve(right)
+    a, b = metrics_of(left), metrics_of(right)
     assert [line["step"] for line in a] == [line["step"] for line in b]
     return max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True) for key in keys if key in x)
 

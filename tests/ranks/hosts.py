@@ -42,7 +42,8 @@ def start(host: str, out: Path, data: Path, log: Path) -> subprocess.Popen[bytes
     is_host = HOSTS[host] == first  # the machine has but one name
     conf = f"is_host={is_host},join_timeout=300,last_call_timeout=5"
     torchrun += ["--rdzv-conf", conf, "--local-addr", HOSTS[host]]
-    command = ["ip", "netns", "exec", host, sys.executable, *torchrun, *pretrain(out, data, "ddp")]
+    command = ["ip", "netns", "exec", host, sys.executable, *torchrun, "-m", "llmfast", "pretrain"]
+    command += pretrain(out, data, "ddp")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else no machine comes back (examples/scale)
     with log.open("ab") as file:

@@ -1,8 +1,9 @@
 """Kills random ranks of a training run at random moments, and looks at what is left: python -m tests.ranks.kills
 
-A run of ``llmfast pretrain`` under ``torchrun --max-restarts`` on this machine loses a random rank (SIGKILL) again and
-again. Each time all of its processes must be gone and others in their place within the limit, the newest checkpoint
-must verify and be no older than before, and the run must go on past it; at the end no file may be left over.
+A run of ``llmfast pretrain`` that examples/scale/one_node.sh starts, under ``torchrun --max-restarts``, loses a random
+rank (SIGKILL) again and again. Each time all of its processes must be gone and others in their place within the limit,
+the newest checkpoint must verify and be no older than before, and the run must go on past it; at the end no file may
+be left over. Checkpoints are written beside training.
 """
 
 from __future__ import annotations
@@ -20,14 +21,9 @@ from pathlib import Path
 
 from llmfast.checkpoint import read_pointer, read_state, verify_checkpoint
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "scale" / "one_node.sh"
 LIMIT = 30.0  # seconds until all processes of a job that lost one are gone
 START = 240.0  # and until its successor has saved a checkpoint, on a busy machine
-
-
-def command(out: Path, data: Path, options: argparse.Namespace) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
-    torchrun += ["--max-restarts", str(options.kills + 5)]
-    return [sys.executable, *torchrun, *pretrain(out, data, options.parallel)]
 
 
 def pretrain(out: Path, data: Path, parallel: str) -> list[str]:
@@ -36,7 +32,7 @@ def pretrain(out: Path, data: Path, parallel: str) -> list[str]:
     run = "--max-steps 1000000 --batch-size 8 --micro-batch-size 2 --save-every 3 --sample-every 0 --eval-every 1000"
     run += " --async-save on"
     where = ["--out", str(out), "--data", str(data), "--parallel", parallel]
-    return ["-m", "llmfast", "pretrain", *where, *shape, *run.split()]
+    return [*where, *shape, *run.split()]
 
 
 def children(pid: int) -> set[int]:
@@ -90,12 +86,12 @@ def main() -> None:
         out = Path(folder, "run")
         data = Path(folder, "text.txt")
         data.write_text(Path(random.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+        environment |= {"RANKS": str(options.ranks), "RESTARTS": str(options.kills + 5)}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the script's python is this one
         with Path(folder, "log").open("wb") as log:
             job = subprocess.Popen(
-                command(out, data, options),
-                stderr=log,
-                stdout=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+                ["bash", SCRIPT, *pretrain(out, data, options.parallel)], stderr=log, stdout=log, env=environment
             )
             try:
                 for number in range(1, options.kills + 1):

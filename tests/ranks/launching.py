@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import multiprocessing.forkserver
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ CONTEXT.set_forkserver_preload(
     "llmfast.training llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo "
     "matplotlib.figure matplotlib.backends.backend_agg".split()
 )
+multiprocessing.forkserver.ensure_running()  # it imports while other tests run
 
 
 @dataclass
@@ -34,9 +37,15 @@ class Done:
     seconds: float
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint, in the type in which they were trained."""
-    return dict(interop.load(find_checkpoint(folder / "run", prefer="latest"))[1])
+def weights(folder: Path, step: str = "") -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint, or that of ``step``, in the type in which they were trained."""
+    checkpoints = folder / "run" / "checkpoints"
+    return dict(interop.load(checkpoints / step if step else find_checkpoint(checkpoints, prefer="latest"))[1])
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
 
 
 def launch(

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import worker
+from launching import metrics_of
 
 from llmfast.config import GPTConfig
 from llmfast.nn import GPT
@@ -35,19 +36,29 @@ def material(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def runs(beside, material):
+    """Every case on one rank and on two. All begin at once."""
+    started = {}
+    for case, values in CASES.items():
+        options = dict(checkpoint=str(material / "model"), data=str(material / "data.json"), **values)
+        for size in (1, 2):
+            started[case, size] = beside(f"{case} {size}", size, worker.finetune, kind=case.split()[0], **options)
+    return started
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_fine_tuning_of_two_ranks_is_that_of_one(launch, metrics, material, tmp_path, case):
-    kind = case.split()[0]
-    options = dict(checkpoint=str(material / "model"), data=str(material / "data.json"), **CASES[case])
-    launch(1, "one", worker.finetune, kind=kind, **options)
-    launch(2, "two", worker.finetune, kind=kind, **options)
-    one, two = metrics("one"), metrics("two")
+def test_a_fine_tuning_of_two_ranks_is_that_of_one(runs, beside, case):
+    for size in (1, 2):
+        runs[case, size].result()
+    parents = [beside.folder / f"{case} {size}" for size in (1, 2)]
+    one, two = map(metrics_of, parents)
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for left, right in zip(one, two, strict=True):
         for key in left.keys() & right.keys() - {"mfu"}:
             if not key.endswith("per_second") and isinstance(left[key], float):
                 assert left[key] == pytest.approx(right[key], abs=2e-4), key
-    folders = [tmp_path / name / "run" for name in ("one", "two")]
+    folders = [parent / "run" for parent in parents]
     names = [sorted(str(p.relative_to(f)) for p in (*f.glob("*.json"), *f.glob("data/*"))) for f in folders]
     assert names[0] == names[1]
     assert len(names[0]) > 3

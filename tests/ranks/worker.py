@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import hashlib
 import inspect
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmfast.checkpoint.save import Saving
 from llmfast.config import GPTConfig, TrainConfig
 from llmfast.data import open_tokens
 from llmfast.errors import UserError
@@ -81,6 +83,22 @@ def troubled(kind: str, step: int, ranks):
     return loss
 
 
+def troubled_disk(ranks, slow, full):
+    """Checkpoints take ``slow`` seconds each, and rank 1 has no room for the ``full``th of them."""
+    write, calls = Saving._run, 0
+
+    def run(saving):
+        nonlocal calls
+        calls += 1
+        time.sleep(slow)
+        if ranks.rank == 1 and calls == full:
+            saving._written.set_exception(OSError(errno.ENOSPC, "No space left on device"))
+        else:
+            write(saving)
+
+    Saving._run = run
+
+
 def finetune(out, *, kind, **options):
     from llmfast.config import ClassifyConfig, InstructConfig, PreferenceConfig
     from llmfast.finetuning import classify, instruct, preference
@@ -129,8 +147,9 @@ def held(model, optimizer) -> int:
 
 
 def train(
-    out, *, weights="float32", masked=False, trouble=None, step=0, larger=None, patience=None, gather=False, **options
-):
+    out, *, weights="float32", masked=False, trouble=None, step=0, larger=None, patience=None, gather=False, slow=0.0,
+    full=0, **options,
+):  # fmt: skip
     """A run; ``gather`` writes its whole weights as well. Says what it held, and the order of the samples."""
     if patience is not None:
         watchdog.GONE, watchdog.SILENT, watchdog.STUCK = 0.75 * patience, patience, patience
@@ -138,6 +157,7 @@ def train(
         os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on machines of two
     Report.plot = lambda self, now=False: None
     ranks = join()
+    troubled_disk(ranks, slow, full)
     folder = Path(out).parent
     with ranks.in_turn("data"):
         if ranks.first:
