@@ -50,8 +50,13 @@ def start(host: str, out: Path, data: Path, log: Path) -> subprocess.Popen[bytes
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
 
+def unplug(host: str) -> None:
+    """As if the power went: nothing that the other host sends is answered any more."""
+    ip("-n", host, "link", "set", "cable", "down")
+
+
 def kill(job: subprocess.Popen[bytes]) -> None:
-    """As if the power went: torchrun and its rank at once."""
+    """torchrun and its rank at once."""
     for pid in (job.pid, *children(job.pid)):
         os.kill(pid, signal.SIGKILL)
     job.wait()
@@ -80,12 +85,14 @@ def main() -> None:
             assert "2 ranks" in together(logs), together(logs)
             before, ranks = step(out), children(first.pid)
             print(f"both hosts train: checkpoint {before}", flush=True)
+            unplug(b)
             kill(second)
             gone = wait("the end of the other host's rank", LIMIT, first, lambda: not ranks & children(first.pid))
             wait("a new checkpoint", START, first, lambda: step(out) > before)
             assert second.poll() is not None
             print(f"one host lost: the other's rank ended after {gone:.1f} s and went on: {step(out)}", flush=True)
             before, ranks = step(out), children(first.pid)
+            ip("-n", b, "link", "set", "cable", "up")
             jobs[1] = second = start(b, out, data, logs[1])
             wait("both hosts", START, first, lambda: children(second.pid) and not ranks & children(first.pid))
             before = max(before, step(out))
