@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from launching import launch as launch_in
 from launching import metrics_of
+
+forkserver.ensure_running()  # it imports while other tests run
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import multiprocessing.forkserver
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ CONTEXT.set_forkserver_preload(
     "llmfast.training llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo "
     "matplotlib.figure matplotlib.backends.backend_agg".split()
 )
-multiprocessing.forkserver.ensure_running()  # it imports while other tests run
 
 
 @dataclass
