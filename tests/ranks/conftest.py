@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import launching
 from launching import launch as launch_in
 from launching import metrics_of
 
 forkserver.ensure_running()  # it imports while other tests run
+launching.ENVIRONMENT["LLMFAST_MATMUL"] = "default"  # to measure the routes takes longer than the runs
 
 
 @pytest.fixture

@@ -23,9 +23,11 @@ from llmfast.checkpoint import find_checkpoint
 LIMIT = 240  # seconds, on a busy machine
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    "llmfast.training llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo "
+    "pytest llmfast.training llmfast.finetuning.classify llmfast.finetuning.instruct llmfast.finetuning.preference "
+    "llmfast.interop llmfast.checkpoint.shards torch.distributed.fsdp torch._dynamo "
     "matplotlib.figure matplotlib.backends.backend_agg".split()
 )
+ENVIRONMENT: dict[str, str] = {}  # of every rank
 
 
 @dataclass
@@ -52,7 +54,12 @@ def launch(
     """``call(folder / "run", **options)`` on ``size`` ranks."""
     folder.mkdir(exist_ok=True)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    where = {
+        **ENVIRONMENT,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     logs = [folder / f"rank-{rank}.txt" for rank in range(size)]
     began = time.monotonic()
     ranks = [
