@@ -9,8 +9,8 @@
 # Two minutes before its time is up, SLURM's signal reaches every rank: the run saves and ends. A job that is queued
 # again goes on from there.
 set -euo pipefail
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN NODES=$SLURM_JOB_NUM_NODES JOB=$SLURM_JOB_ID RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}}
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN=${nodes%%$'\n'*} NODES=$SLURM_JOB_NUM_NODES JOB=$SLURM_JOB_ID RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}}
 resume=()
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || resume=(--resume)
 # sbatch runs a copy of this file: the scripts are looked for where the job was submitted.
