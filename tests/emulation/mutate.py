@@ -92,7 +92,7 @@ class Target:
 ATTENTION = Target(
     "attention.cpp",
     ("attention_forward.cu", "attention_forward_sm90.cu", "attention_backward.cu", "attention_backward_sm90.cu"),
-    cases=20,
+    cases=48,
 )
 GEMM = Target("gemm.cpp", ("gemm.cu", "gemm_sm90.cu"), cases=40)
 TARGETS = {
@@ -112,6 +112,11 @@ TARGETS = {
 
 # (file, rule, the changed line) -> why nothing can object
 HARMLESS: dict[tuple[str, str, str], str] = {
+    (
+        "attention_backward.cu",
+        "misaligned access",
+        "for (int chunk = lane % 2; query + row < a.Tq && chunk * kWidth < a.D; chunk += 2) {",
+    ): "a bound, no address: chunks are as wide as D is a multiple of",
     (
         "layer_norm.cu",
         "off by one",
@@ -231,7 +236,7 @@ class Workshop:
 
 
 # build, its share of the cases, environment
-LANES = [("release", 1, {}), ("sanitized", 2, {}), ("race", 3, {}), ("race", 10, {"LLMFAST_RACE_GLOBAL": "1"})]
+LANES = [("release", 1, {}), ("sanitized", 4, {}), ("race", 8, {}), ("race", 16, {"LLMFAST_RACE_GLOBAL": "1"})]
 
 
 NO_PROGRAM = "no bug: it does not compile"
