@@ -229,7 +229,7 @@ def train() -> Iterator[Pair]:
 
 # ---- bench generate --------------------------------------------------------------------------------------------------
 
-PROMPT, TOKENS = 256, 16
+PROMPT, TOKENS = 64, 16
 
 
 def writer(kind: str, dtype: str, config: GPTConfig, ids: torch.Tensor) -> Callable[[int], Any]:
@@ -265,15 +265,20 @@ def generate() -> Iterator[Pair]:
         if (kind, dtype) == ("huggingface", "int8"):
             continue
         ids = torch.randint(config.vocab_size, (batch, PROMPT))
-        there = _timed(builders[kind](config, CPU, dtype, ids)[0], TOKENS, CPU)
+        timed = _timed(builders[kind](config, CPU, dtype, ids)[0], TOKENS, CPU)
         write = writer(kind, dtype, config, ids)
+
+        def there(timed: Timed = timed) -> tuple[float, float]:
+            one, whole = timed()
+            return one, (whole - one) / TOKENS
 
         def here(write: Callable[[int], Any] = write) -> tuple[float, float]:
             with torch.inference_mode():
-                return seconds_of(lambda: write(1), least=0), seconds_of(lambda: write(1 + TOKENS), least=0)
+                one = seconds_of(lambda: write(1), least=0)
+                return one, (seconds_of(lambda: write(1 + TOKENS), least=0) - one) / TOKENS
 
         name = f"{kind} {dtype} batch {batch}"
-        yield [f"{name}: a prompt", f"{name}: {TOKENS} tokens more"], there, here
+        yield [f"{name}: a prompt", f"{name}: a token"], there, here
 
 
 # ---- bench data ------------------------------------------------------------------------------------------------------

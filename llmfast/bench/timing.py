@@ -74,6 +74,7 @@ class Clock:
             if self.device.type == "mps":
                 torch.mps.synchronize()
             total += time.perf_counter() - start
+            del state  # before the next one is made, which may then have its memory
         return total / calls
 
     def _on_gpu(self, task: Task, calls: int) -> float:
