@@ -72,8 +72,8 @@ class Watch(threading.Thread):
         before, began = queued(self._tasks) or 0.0, time.perf_counter()
         if self._end.wait(TICK):
             return False
-        waited = (queued(self._tasks) or 0.0) - before
-        return torch.get_num_threads() > 1 and waited > limit * (time.perf_counter() - began)
+        elapsed = time.perf_counter() - began
+        return torch.get_num_threads() > 1 and (queued(self._tasks) or 0.0) - before > limit * elapsed
 
 
 @contextlib.contextmanager
