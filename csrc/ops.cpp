@@ -38,6 +38,8 @@ LLMFAST_LIBRARY(LLMFAST_NAMESPACE, m) {
   // a (M, K) b (K, N) + bias in float32 or bfloat16; a, b float32 or bfloat16, views with contiguous rows or columns are read
   // as they are. bf16: operands rounded to bfloat16, sums in float32.
   m.def("mm(Tensor a, Tensor b, Tensor? bias, bool bf16, bool bf16_out) -> Tensor");
+  // a (M, K) W^T + bias in float32, W (N, K) = weight (int8) times scales (N,), row by row.
+  m.def("mm_int8(Tensor a, Tensor weight, Tensor scales, Tensor? bias) -> Tensor");
   m.def("column_sums(Tensor x) -> Tensor");  // (M, N) -> float32 (N,)
   m.def("add_mm_(Tensor(a!) c, Tensor a, Tensor b, bool bf16) -> ()");
   // x with elements set to 0 with probability p, the others times 1 / (1 - p); seed one int64 (csrc/cpu/philox.h).

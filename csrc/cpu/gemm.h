@@ -4,14 +4,15 @@
 
 namespace llmfast::cpu {
 
-enum class Dtype : uint8_t { f32, bf16 };
+enum class Dtype : uint8_t { f32, bf16, i8 };
 
 // A matrix stored row by row, `stride` elements from row to row, neighbours in a row one element apart.
 struct Operand {
   const void* data;
   int64_t stride;
   Dtype dtype;
-  bool transposed = false;  // the product takes its transpose
+  bool transposed = false;         // the product takes its transpose
+  const float* scales = nullptr;   // i8: of every row as stored; only as a transposed B
 };
 
 struct Product {

@@ -2,6 +2,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/gemm.h"
+#include "cpu/operand.h"
 #include "stable.h"
 
 namespace llmfast::cpu {
@@ -57,6 +58,23 @@ Tensor mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, b
   return c;
 }
 
+Tensor mm_int8(const Tensor& a, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias) {
+  const Matrix x("a", a), rows("scales", scales);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Char &&
+                      weight.size(1) == x.columns && x.dtype == Dtype::f32,
+                  "a (M, K) must be float32 and weight (N, K) int8");
+  STD_TORCH_CHECK(scales.dim() == 1 && scales.size(0) == weight.size(0) && rows.dtype == Dtype::f32,
+                  "scales must be float32 of shape (N,)");
+  const Tensor kept = torch::stable::contiguous(weight);
+  const Bias added("bias", bias, weight.size(0));
+  Matrix c = new_matrix(a, {x.rows, weight.size(0)}, ScalarType::Float);
+  Product p = product(c, x.operand(), {kept.const_data_ptr(), x.columns, Dtype::i8, true,
+                                       static_cast<const float*>(rows.data())}, x.columns, Dtype::f32);
+  p.bias = added.data();
+  gemm(p);
+  return c.tensor;
+}
+
 void add_mm(Tensor& c, const Tensor& a, const Tensor& b, bool bf16) {
   check(a, b);
   STD_TORCH_CHECK(c.dim() == 2 && c.size(0) == a.size(0) && c.size(1) == b.size(1) && c.is_contiguous() &&
@@ -91,5 +109,6 @@ Tensor sums_of_columns(const Tensor& x_in) {
 STABLE_TORCH_LIBRARY_IMPL(llmfast, CPU, m) {
   m.impl("mm", TORCH_BOX(&llmfast::cpu::mm));
   m.impl("column_sums", TORCH_BOX(&llmfast::cpu::sums_of_columns));
+  m.impl("mm_int8", TORCH_BOX(&llmfast::cpu::mm_int8));
   m.impl("add_mm_", TORCH_BOX(&llmfast::cpu::add_mm));
 }

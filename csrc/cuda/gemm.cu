@@ -8,6 +8,7 @@
 #include "cuda/gemm.h"
 
 #include "cuda/gemm_epilogue.h"
+#include "cuda/pipeline.h"
 
 namespace llmfast::cuda {
 namespace {
@@ -113,14 +114,8 @@ __global__ void __launch_bounds__(kThreads, kDirect ? 2 : 1)
   const int m = warp / 4 * 64, n = warp % 4 * 32;
   const int row0 = m0 + m + lane / 4, column0 = n0 + n + lane % 4 * 2;
   float acc[4][4][4] = {};
-  for (int step = 1 - kStages; step < steps; ++step) {  // the first kStages - 1 turns load, and multiply nothing
-    if (step >= 0) {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // this step has landed for all, and all are done with the one whose place the next load takes
-    }
-    if (step + kStages - 1 < steps) load(step + kStages - 1);
-    cp_async_commit();
-    if (step < 0) continue;
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (!next_stage<kStages>(step, steps, load)) continue;
     const T* tile = shared + step % kStages * 2 * kTileElements;
     multiply<T, kBAlongK>(tile, tile + kTileElements, m, n, acc);
     if (kEpilogue == Epilogue::plain && step + 1 == low_steps && g.dropout.seed) drop(g.dropout, row0, column0, acc);

@@ -7,7 +7,7 @@
 // of p where q is made in the same pass, else little beside x: memory-bound.
 #include "cuda/lora_linear.h"
 
-#include "cuda/mma.h"
+#include "cuda/pipeline.h"
 
 namespace llmfast::cuda {
 namespace {
@@ -118,14 +118,8 @@ __global__ void __launch_bounds__(kThreads) low_rank_kernel(const __grid_constan
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const int j = lane & 7, low = lane >> 3 & 1, high = lane >> 4;
   float p[R / 8][4] = {}, q[2][R / 8][4] = {};
-  for (int step = 1 - kStages; step < steps; ++step) {  // the first kStages - 1 turns load, and multiply nothing
-    if (step >= 0) {
-      cp_async_wait<kStages - 2>();
-      __syncthreads();  // this step has landed for all, and all are done with the one whose place the next load takes
-    }
-    if (step + kStages - 1 < steps) load(step + kStages - 1);
-    cp_async_commit();
-    if (step < 0) continue;
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (!next_stage<kStages>(step, steps, load)) continue;
     T* tile = shared + step % kStages * In::kSize;
     if (a.dropout.seed) {
       drop_tile(tile, a.dropout, row_of(step), column_of(step));

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from llmfast.checkpoint import layout
-from llmfast.checkpoint.save import Saving, checksums, distinct, optimizer_tensors, remove_stale
+from llmfast.checkpoint.save import Saving, checksums, distinct, optimizer_tensors
 from llmfast.errors import UserError
 
 
@@ -32,9 +32,8 @@ class ShardSaving(Saving):
     """``Saving`` of a model whose parameters are DTensors: every rank writes the part that it holds."""
 
     def _begin(self) -> None:
-        self._root.mkdir(parents=True, exist_ok=True)
-        remove_stale(self._root)
-        (self._building / layout.SHARDS).mkdir(parents=True)
+        super()._begin()
+        (self._building / layout.SHARDS).mkdir()
 
     def _capture(self) -> None:
         from llmfast.nn import pretrained

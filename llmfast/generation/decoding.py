@@ -187,7 +187,7 @@ class CachedReader(Reader):
         if self.native is not None and width <= self.native.short_prompt:
             for t in range(width):  # a shorter window is padded, as in a forward pass
                 self.native([window[t] if t < len(window) else 0 for window in windows], self.cache)
-        elif self.native is not None and isinstance(self.model, Int8GPT):  # a pass makes a float copy of the head, too
+        elif self.native is not None and isinstance(self.model, Int8GPT):  # a step is faster than the pass's head
             self._read_windows([window[:-1] for window in windows], self.cache)
         else:
             return self.model.lm_head(self._read_windows(windows, self.cache))

@@ -35,8 +35,8 @@ KNOWN = {
     Int8Embedding,
 }
 MAX_ROWS = 8  # measured: about there the model's own forward pass, with its matrix products, draws level
-# Tokens of a prompt that are read by steps: measured, as fast as a forward pass, which in int8 makes floats first.
-SHORT_PROMPT, SHORT_PROMPT_INT8 = 4, 16
+# Tokens of a prompt that are read by steps: measured, as fast as a forward pass, which in int8 converts all weights.
+SHORT_PROMPT, SHORT_PROMPT_INT8 = 4, 12
 MIN_FOR_HUGE_PAGES = 64  # tokens: below, moving the weights costs more than it saves
 _ABSENT = torch.empty(0)
 
@@ -56,7 +56,7 @@ def why_not(model: GPT | None = None) -> list[str]:
 def step_of(model: GPT, rows: int, new_tokens: int) -> NativeStep | None:
     """The native step for ``rows`` texts of ``new_tokens`` each, where it runs and pays.
 
-    Of int8 the forward pass makes a float copy at every step, so that no batch is too large.
+    Of int8 the forward pass converts all weights at every step, so that no batch is too large.
     """
     if (rows > MAX_ROWS and not isinstance(model, Int8GPT)) or why_not(model):
         return None

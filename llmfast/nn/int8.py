@@ -11,7 +11,6 @@ import copy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmfast.config import GPTConfig
@@ -19,6 +18,7 @@ from llmfast.errors import UserError
 from llmfast.nn.embedding import token_rows
 from llmfast.nn.gpt import GPT
 from llmfast.nn.layers import Linear
+from llmfast.ops.matmul import linear_int8
 
 
 class Int8Matrix(nn.Module):
@@ -35,7 +35,7 @@ class Int8Matrix(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix as float, made anew at each access: one product's operand at a time, never a model's whole."""
+        """The matrix as float, made anew at each access, for who cannot read it as it is."""
         return self.quantized.float().mul_(self.scale[:, None])
 
 
@@ -47,7 +47,7 @@ class Int8Linear(Int8Matrix):
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear_int8(x, self.quantized, self.scale, self.bias)
 
 
 class Int8Embedding(Int8Matrix):

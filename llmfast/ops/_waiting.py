@@ -5,7 +5,7 @@ That is the fastest way as long as every thread has a core. Where one has lost i
 burn the very time that it waits for: a training step takes three to twenty times as long (docs/log.md, "training under
 load"). libgomp spins a thousandth as long while it manages more threads than there are cores (its manual,
 GOMP_SPINCOUNT). So while this process's threads queue for cores, idle teams of threads are held here that raise the
-count; what is computed does not change. Never spinning would cost a tiny model a third of its speed on quiet cores.
+count; what is computed does not change. Never spinning would cost a tiny model a quarter of its speed on quiet cores.
 """
 
 from __future__ import annotations

@@ -16,12 +16,14 @@ Shapes: x (..., K), weight (N, K), y (..., N); M = rows of x.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +67,10 @@ def _register() -> None:
     @torch.library.register_fake("llmfast::mm")
     def _(a: Tensor, b: Tensor, bias: Tensor | None, bf16: bool, bf16_out: bool) -> Tensor:
         return a.new_empty(a.shape[0], b.shape[1], dtype=torch.bfloat16 if bf16_out else torch.float32)
+
+    @torch.library.register_fake("llmfast::mm_int8")
+    def _(a: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+        return a.new_empty(a.shape[0], weight.shape[0])
 
     @torch.library.register_fake("llmfast::add_mm_")
     def _(c: Tensor, a: Tensor, b: Tensor, bf16: bool) -> None:
@@ -128,6 +134,25 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def uses_ours(x: Tensor, weight: Tensor) -> bool:
     """Whether products of x (..., K) and weight (N, K) take our own: by type, shape, backend, autocast and route."""
+    known = weight.dtype in ROUTED and (x.dtype is weight.dtype or torch.is_autocast_enabled("cpu"))
+    return known and _takes_ours(x, weight)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, W = weight * scales[:, None], for x (..., K), weight (N, K) int8, scales (N,); returns (..., N).
+
+    Our own product reads W as it is; elsewhere, and for a gradient by x, it is made float first.
+    """
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    plain = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    if wants_gradient or not plain or not _takes_ours(x, weight):
+        return linear(x, weight.float().mul_(scales[:, None]), bias)
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.llmfast.mm_int8.default(x.reshape(-1, x.shape[-1]), weight, scales, bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def _takes_ours(x: Tensor, weight: Tensor) -> bool:
     return (
         x.is_cpu
         and x.numel() * weight.size(0) >= MIN_OWN_MACS
@@ -136,8 +161,6 @@ def uses_ours(x: Tensor, weight: Tensor) -> bool:
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and x.dtype in ROUTED
-        and weight.dtype in ROUTED
-        and (x.dtype is weight.dtype or torch.is_autocast_enabled("cpu"))
         and current_setting().default in ("auto", "cpp")
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -344,12 +367,24 @@ def _self_test(dtype: torch.dtype, route: str) -> str | None:
 def _alone() -> Iterator[None]:
     """No autograd, no autocast, one thread: threads that wait for a preempted one have made the times a coin toss."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    _set_threads(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.set_num_threads(threads)
+        _set_threads(threads)
+
+
+def _set_threads(threads: int) -> None:
+    """``torch.set_num_threads`` that leaves no trace: OpenMP's own, for the calling thread.
+
+    After PyTorch's, MKL starts teams of its own inside of PyTorch's parallel loops (20 -> 2,132 futex calls for one
+    attention of 48 heads), in every thread and for good.
+    """
+    libraries = Path(torch.__file__).parent / "lib"
+    found = next((path for path in libraries.glob("libtorch_cpu.*") if path.suffix in (".so", ".dylib")), None)
+    set_threads = None if found is None else getattr(ctypes.CDLL(str(found)), "omp_set_num_threads", None)
+    (set_threads or torch.set_num_threads)(threads)
 
 
 def _probe(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor, Tensor]:

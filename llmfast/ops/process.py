@@ -55,7 +55,7 @@ def tune_process(threads: int | None = None) -> ProcessReport:
             torch.set_num_threads(threads)
     if _allocator is None:
         _allocator = _keep_pages()
-    unwatched = _waiting.why_not()
+    unwatched = _waiting.why_not() if _watch is None else None
     if _watch is None and unwatched is None:
         _watch = _waiting.Watch()
         _watch.start()

@@ -83,10 +83,11 @@ def resume(
     if update.scaler is not None and saved["grad_scaler"]:
         update.scaler.load_state_dict(saved["grad_scaler"])
     # The same sums in the same order: as many threads and the same matrix products as before.
-    if who["config"]["threads"] is None:
-        torch.set_num_threads(saved["threads"])
-    elif torch.get_num_threads() != saved["threads"]:
-        changed.append(f"threads were {saved['threads']}, now {torch.get_num_threads()}")
+    if torch.get_num_threads() != saved["threads"]:
+        if who["config"]["threads"] is None:
+            torch.set_num_threads(saved["threads"])
+        else:
+            changed.append(f"threads were {saved['threads']}, now {torch.get_num_threads()}")
     ops.set_matmul_routing(saved["matmul_routing"])
     restore_rng(saved["rng"])
     if saved["versions"] != _versions():

@@ -103,6 +103,7 @@ TARGETS = {
     "gemm.cu": GEMM,
     "gemm_sm90.cu": GEMM,
     "gemm_epilogue.h": GEMM,
+    "pipeline.h": GEMM,
     "attention_tile.h": ATTENTION,
     "attention_forward.cu": ATTENTION,
     "attention_forward_sm90.cu": ATTENTION,

@@ -54,6 +54,28 @@ def test_random_products_equal_float64():
         check(*(rng.choice(SIZES) for _ in range(3)), rng)
 
 
+def test_products_with_int8_rows_equal_float64():
+    rng = random.Random(1)
+    torch.manual_seed(1)
+    for _ in range(60):
+        M, N, K = rng.choice(SIZES), rng.choice(SIZES), rng.choice((*SIZES, 1025, 2049))
+        a, weight, scales = torch.randn(M, K), torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.rand(N)
+        bias = torch.randn(N) if rng.random() < 0.5 else None
+        exact = weight.double() * scales.double()[:, None]
+        want = a.double() @ exact.t() + (0 if bias is None else bias.double())
+        got = torch.ops.llmfast.mm_int8(a, weight, scales, bias)
+        assert got.dtype is FLOAT
+        assert bool(((got.double() - want).abs() <= 1e-6 * (a.double().abs() @ exact.abs().t() + 1)).all()), (M, N, K)
+
+
+def test_int8_rows_that_do_not_fit_are_refused():
+    a, weight, scales = torch.empty(2, 3), torch.empty(5, 3, dtype=torch.int8), torch.empty(5)
+    with pytest.raises(RuntimeError, match=r"a \(M, K\) must be float32 and weight \(N, K\) int8"):
+        torch.ops.llmfast.mm_int8(a, weight.float(), scales, None)
+    with pytest.raises(RuntimeError, match=r"scales must be float32 of shape \(N,\)"):
+        torch.ops.llmfast.mm_int8(a, weight, scales[:3], None)
+
+
 @pytest.mark.parametrize("K", [0, 1023, 1025, 2049, 4500])
 def test_products_of_no_or_several_blocks_along_k(K):
     rng = random.Random(K)

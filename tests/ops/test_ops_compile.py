@@ -165,6 +165,8 @@ def test_opcheck_of_the_native_products(dtype):
     torch.library.opcheck(raw.mm.default, (a, b, bias, low, low))
     torch.library.opcheck(raw.add_mm_.default, (torch.zeros(5, 3), a, b, low))
     torch.library.opcheck(raw.column_sums.default, (a,))
+    weight = torch.randint(-127, 128, (3, 7), dtype=torch.int8)
+    torch.library.opcheck(raw.mm_int8.default, (a.float(), weight, torch.rand(3), bias))
 
 
 @pytest.mark.parametrize("kernel", [pytest.param("llmfast.linear_cross_entropy", marks=needs_library), ""])

@@ -72,7 +72,7 @@ def watch(monkeypatch):
         yield
         entered[1] += 1
 
-    monkeypatch.setattr(_waiting, "TICK", 0.02)
+    monkeypatch.setattr(_waiting, "TICK", 0.05)
     monkeypatch.setattr(_waiting, "short_waits", short_waits)
     total, last = [0.0], [time.perf_counter()]
 
@@ -100,7 +100,7 @@ def until(condition):
 
 def test_waits_are_short_from_when_the_cores_are_crowded_until_they_are_free(watch, monkeypatch):
     thread, queueing, entered = watch
-    time.sleep(0.1)
+    time.sleep(0.15)
     assert entered == [0, 0]
     assert not thread.crowded
     monkeypatch.setattr(process, "_watch", thread)
@@ -108,9 +108,9 @@ def test_waits_are_short_from_when_the_cores_are_crowded_until_they_are_free(wat
     until(lambda: entered == [1, 0])
     assert process.cores_are_crowded()
     queueing[0] = (_waiting.CROWDED + _waiting.STILL_CROWDED) / 2  # not enough to begin, and enough to go on
-    time.sleep(0.1)
+    time.sleep(0.25)
     assert entered == [1, 0]
-    queueing[0] = 0.0
+    queueing[0] = 0.05
     until(lambda: entered == [1, 1] and not thread.crowded)
     queueing[0] = 0.8
     until(lambda: entered == [2, 1])

@@ -19,15 +19,15 @@ def difference(left, right):
 
 
 # Checkpoints are written for longer than a step takes: what is saved must not be what later steps made of it.
-BESIDE = dict(async_save="on", slow=0.15, save_every=2, keep=9)
-SAME = dict(weights="float64", max_steps=10, eval_every=5)
-MASKED = dict(weights="float64", masked=True, batch_size=7, micro_batch_size=7, max_steps=8)
+BESIDE = dict(async_save="on", slow=0.15, save_every=4, keep=9)
+SAME = dict(weights="float64", max_steps=20, eval_every=10)
+MASKED = dict(weights="float64", masked=True, batch_size=7, micro_batch_size=7, max_steps=10)
 MOVED = dict(weights="float64", schedule="constant", save_every=3, eval_every=3)
 RUNS = {
     "three": (3, dict(**SAME, **BESIDE, parallel="fsdp")),
     "masked three": (3, dict(**MASKED, parallel="fsdp", activation_checkpointing=True)),
     "two": (2, dict(**SAME, **BESIDE, parallel="ddp")),
-    "one": (1, dict(**SAME, save_every=2, keep=9)),
+    "one": (1, dict(**SAME, save_every=4, keep=9)),
     "masked one": (1, MASKED),
     "whole": (1, dict(**MOVED, max_steps=12)),
 }
@@ -44,8 +44,8 @@ def runs(beside):
 def test_several_ranks_make_the_same_run(runs, several):
     (_, curve, folder), (done, others, other) = runs("one"), runs(several)
     assert difference(curve, others) < 1e-9
-    assert json.loads(done.said[0].splitlines()[-1])["tokens"] == 10 * 12 * 16
-    for step in ("step-000002", "step-000004", "step-000006", "step-000008", "step-000010"):
+    assert json.loads(done.said[0].splitlines()[-1])["tokens"] == 20 * 12 * 16
+    for step in ("step-000004", "step-000008", "step-000012", "step-000016", "step-000020"):
         left, right = (weights(path, step) for path in (folder, other))
         assert max((left[name] - right[name]).abs().max() for name in left) < 1e-9, step
         verify_checkpoint(other / "run" / "checkpoints" / step)

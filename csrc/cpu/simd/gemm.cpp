@@ -42,6 +42,25 @@ void pack_b(const Operand& b, int64_t n0, int64_t columns, int64_t k0, int64_t k
   }
 }
 
+// Of int8 rows, each with its scale: some of a panel's elements at a time are made float first.
+template <typename Unit>
+void pack_b_int8(const Operand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, uint32_t* to) {
+  constexpr int64_t step = 4 * kLanes * Unit::depth;
+  float floats[kPanel * step];
+  for (int64_t j = 0; j < columns; j += kPanel, to += kPanel * ceil_div(kc, Unit::depth)) {
+    const int64_t n = smaller(kPanel, columns - j), width = ceil_div(n, kLanes) * kLanes;
+    for (int64_t k = 0; k < kc; k += step) {
+      const int64_t count = smaller(step, kc - k);
+      for (int64_t i = 0; i < n; ++i) {
+        const int8_t* from = at<int8_t>(b, k0 + k, n0 + j + i);
+        const float scale = b.scales[n0 + j + i];
+        for (int64_t c = 0; c < count; ++c) floats[i * step + c] = float(from[c]) * scale;
+      }
+      pack_transposed<Unit>(floats, step, n, count, width, to + k / Unit::depth * width);
+    }
+  }
+}
+
 template <typename Unit, typename C>
 void multiply(const Operand& a, const uint32_t* packed_a, const uint32_t* panels, int64_t m0, int64_t rows,
               int64_t columns, int64_t k0, int64_t kc, const BlockStore& out) {
@@ -81,7 +100,10 @@ constexpr GemmKernels kernels() {
             (a.dtype == Dtype::f32 ? pack_a<Unit, float> : pack_a<Unit, uint16_t>)(a, M, m0, rows, k0, kc, to);
           },
           [](const Operand& b, int64_t n0, int64_t columns, int64_t k0, int64_t kc, uint32_t* to) {
-            (b.dtype == Dtype::f32 ? pack_b<Unit, float> : pack_b<Unit, uint16_t>)(b, n0, columns, k0, kc, to);
+            const auto pack = b.dtype == Dtype::i8    ? pack_b_int8<Unit>
+                              : b.dtype == Dtype::f32 ? pack_b<Unit, float>
+                                                      : pack_b<Unit, uint16_t>;
+            pack(b, n0, columns, k0, kc, to);
           },
           [](const Operand& a, const uint32_t* packed_a, const uint32_t* panels, int64_t m0, int64_t rows,
              int64_t columns, int64_t k0, int64_t kc, const BlockStore& out) {
