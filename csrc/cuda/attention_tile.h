@@ -200,13 +200,12 @@ __device__ inline void add_product(float (&sum)[kTiles][D / 8][4], const float (
 }
 
 // Rows first .. first + 15 of a head from a warp's (16, D), times a factor for each of the thread's two rows, by way of the
-// warp's 16 rows of shared memory.
+// warp's 16 rows of shared memory, which nobody has read or filled since the block, or the warpgroup, last met.
 template <int D, typename T>
 __device__ inline void store_rows(const float (&sum)[D / 8][4], const float (&factor)[2], T* rows, T* head, int64_t step,
                                   int first, int limit, int columns) {
   constexpr int kWidth = 16 / sizeof(T), kChunks = D / kWidth;
   const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
-  __syncwarp();  // the other lanes have read what lay here
 #pragma unroll
   for (int n = 0; n < D / 8; ++n)
 #pragma unroll
