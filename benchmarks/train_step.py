@@ -50,6 +50,12 @@ TARGETS = {
 }
 TARGETS["124m-1024"] = TARGETS["124m"]
 MEMORY_TARGETS = [("llmfast fp32", "nanogpt fp32", 0.5), ("llmfast bf16", "nanogpt bf16", 0.5)]  # at most
+# What holds PyTorch and its libraries to an instruction set.
+HELD = {
+    "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "SSE4_2"},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_CBWR": "AVX512"},
+}
 # On a lesser instruction set: never slower than PyTorch tuned.
 ISA_TARGETS = [(f"llmfast {d}", f"{peer} tuned {d}", 1.0) for d in ("fp32", "bf16") for peer in ("nanogpt", "eager")]
 
@@ -76,14 +82,17 @@ def main() -> None:
         metavar="NAME", help="such as 'nanogpt tuned', or 'nanogpt fp32' for one dtype only; default: all there are",
     )  # fmt: skip
     parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="llmfast's kernels use no more than this")
+    parser.add_argument("--all-held", action="store_true", help="PyTorch's libraries, too: as on a CPU without more")
     parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few providers, three turns")
     parser.add_argument("--cpu-seconds", action="store_true", help="of one thread, least of all samples")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.all_held and not args.isa:
+        parser.error("--all-held needs --isa")
     if args.cpu_seconds:
         os.environ |= {CPU_SECONDS: "1", "OMP_NUM_THREADS": "1"}
     if args.isa:
-        os.environ["LLMFAST_CPU_ISA"] = args.isa
+        os.environ |= {"LLMFAST_CPU_ISA": args.isa, **(HELD[args.isa] if args.all_held else {})}
     shape, turns = SHAPES[args.shape], 3 if args.quick else args.turns
     kinds = args.providers or (QUICK if args.quick else PROVIDERS)
     names = [
@@ -107,7 +116,8 @@ def main() -> None:
         targets += judge(extra, MEMORY_TARGETS, below=True)
 
     base = "nanogpt fp32" if "nanogpt fp32" in speed else "eager fp32"
-    print(f"shape {args.shape}: {shape}, kernels {args.isa or 'best'}, torch {torch.__version__}, {cpu_name()}")
+    isa = f"{args.isa or 'best'}{' of all' if args.all_held else ''}"
+    print(f"shape {args.shape}: {shape}, kernels {isa}, torch {torch.__version__}, {cpu_name()}")
     head = (
         f"{'provider':26} {'ms/step':>9} {'tokens/s':>9} {'x ' + base:>15} {'of floor':>9} {'extra MB':>9} {'quiet':>7}"
     )
@@ -127,7 +137,7 @@ def main() -> None:
     if args.json:
         record = {
             **header("script"),
-            "isa": args.isa or "best",
+            "isa": isa,
             "clock": "CPU seconds of one thread" if args.cpu_seconds else "wall",
             "tokens": shape.tokens,
             "seconds": {name: [round(t, 6) for t in values] for name, values in seconds.items()},

@@ -313,6 +313,15 @@ def test_the_measurement_leaves_random_numbers_threads_and_precision_alone(routi
     assert before[1:] == after[1:]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's Linux wheels bring OpenMP")
+def test_the_measurement_runs_on_one_thread_without_pytorchs_lasting_switch(monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    before = torch.get_num_threads()
+    with matmul._alone():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
 def test_the_switch_to_onednn_ends_with_the_last_of_many_threads():
     if matmul._why_not_onednn(torch.float32):
         pytest.skip("no oneDNN here")
