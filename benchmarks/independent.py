@@ -3,7 +3,7 @@
     python benchmarks/independent.py ops train generate data
 
 One side are the benchmark's own samples, as it takes them for its files: its cases, clocks and processes. The other
-side has nothing of llmfast.bench but an op's inputs: each call is made from llmfast's, PyTorch's, transformers' or
+side has nothing of llmfast.bench but an op's operands: each call is made from llmfast's, PyTorch's, transformers' or
 tiktoken's own functions and timed by ``time.perf_counter`` around it. The two take turns, within a second of each
 other, since a shared machine is not as fast from one minute to the next; compared are medians. Where they differ by
 more than ``--within``, more turns are taken, three times at most, and all of them count; exits with 1 where they still
@@ -74,14 +74,14 @@ def op_call(op: Any, provider: str, inputs: dict[str, Any]) -> tuple[Callable[[]
     return None
 
 
-def passes(call: Callable[[], Any], leaves: list[Any]) -> dict[str, Callable[[], float]]:
+def passes(call: Callable[[], Any], leaves: list[Any], slopes: list[Any]) -> dict[str, Callable[[], float]]:
     """What times a forward pass, a backward pass and both."""
 
     def forward() -> tuple[Any, ...]:
         y = call()
         return y if isinstance(y, tuple) else (y,)
 
-    slopes = [torch.randn_like(y) for y in forward()]
+    slopes = [slope.to(y.dtype) for slope, y in zip(slopes, forward(), strict=True)]
     held: list[Any] = []  # emptied before the next forward pass, so that it may have the memory
 
     def hold() -> None:
@@ -131,7 +131,7 @@ def ops(*names: str) -> Iterator[Pair]:
             except (CannotRun, RuntimeError):
                 continue
             with context():
-                ours = passes(call, leaves)
+                ours = passes(call, leaves, case.cotangents)
             for mode in MODES:
                 task = case.task(provider, theirs, mode)
                 calls = clock.calls_for(task)

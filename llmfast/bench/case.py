@@ -52,8 +52,8 @@ class Case:
         with torch.no_grad():
             outputs = _tuple(op.eager(**self.inputs))
         generator = torch.Generator(device).manual_seed(1)
-        self.cotangents = [
-            torch.randn(y.shape, generator=generator, device=device, dtype=torch.float32).to(y.dtype) for y in outputs
+        self.cotangents = [  # laid out as the outputs are, as a model's backward pass has them
+            torch.empty_like(y, dtype=torch.float32).normal_(generator=generator).to(y.dtype) for y in outputs
         ]
         cost = op.cost(**self.inputs)
         read = sum(t.nbytes for t in self.tensors.values()) + sum(t.nbytes for t in self.cotangents)
