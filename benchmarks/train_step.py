@@ -8,7 +8,7 @@ Models that do not fit into memory together run in parts, several times over. On
 "tuned", the floor and the memory mean stands in llmfast/bench/steps.py.
 
     LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 30m --json out.json
-    LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 124m --isa avx2
+    LLMFAST_PEERS=folder/with/nanoGPT python benchmarks/train_step.py --shape 124m --isa avx2 --all-held
     python benchmarks/train_step.py --quick
 """
 
@@ -137,7 +137,8 @@ def main() -> None:
     if args.json:
         record = {
             **header("script"),
-            "isa": isa,
+            "isa": args.isa or "best",
+            "all_held": args.all_held,
             "clock": "CPU seconds of one thread" if args.cpu_seconds else "wall",
             "tokens": shape.tokens,
             "seconds": {name: [round(t, 6) for t in values] for name, values in seconds.items()},

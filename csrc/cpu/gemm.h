@@ -11,8 +11,8 @@ struct Operand {
   const void* data;
   int64_t stride;
   Dtype dtype;
-  bool transposed = false;         // the product takes its transpose
-  const float* scales = nullptr;   // i8: of every row as stored; only as a transposed B
+  bool transposed = false;        // the product takes its transpose
+  const float* scales = nullptr;  // i8: of every row as stored; only as a transposed B
 };
 
 struct Product {

@@ -8,17 +8,10 @@
 namespace llmfast::cpu {
 namespace {
 
-Dtype dtype_of(const Tensor& t, const char* name) {
-  if (t.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " must be float32 or bfloat16, got ",
-                  torch::headeronly::toString(t.scalar_type()));
-  return Dtype::f32;
-}
-
 // A matrix whose rows or columns are contiguous; `keep` holds the copy that another layout needs.
 Operand operand(const Tensor& t, const char* name, Tensor& keep) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must have two dimensions, got ", t.dim());
-  const Dtype dtype = dtype_of(t, name);
+  const Dtype dtype = dtype_of(name, t.scalar_type());
   const int64_t rows = t.size(0), columns = t.size(1);
   keep = t;
   // The stride along a dimension of size 1 says nothing.
@@ -37,19 +30,14 @@ void check(const Tensor& a, const Tensor& b) {
 Tensor mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, bool bf16, bool bf16_out) {
   check(a, b);
   const int64_t M = a.size(0), N = b.size(1);
-  Tensor keep_a = a, keep_b = b, keep_bias = a;
+  Tensor keep_a = a, keep_b = b;
+  const Bias added("bias", bias, N);
   Product p = {};
   p.M = M, p.N = N, p.K = a.size(1);
   p.a = operand(a, "a", keep_a);
   p.b = operand(b, "b", keep_b);
   p.compute = bf16 ? Dtype::bf16 : Dtype::f32;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == N, "bias must be (N,)");
-    keep_bias = torch::stable::contiguous(bias->scalar_type() == ScalarType::Float
-                                              ? *bias
-                                              : torch::stable::to(*bias, ScalarType::Float));
-    p.bias = static_cast<const float*>(keep_bias.const_data_ptr());
-  }
+  p.bias = added.data();
   Tensor c = torch::stable::new_empty(a, {M, N}, bf16_out ? ScalarType::BFloat16 : ScalarType::Float);
   p.c = c.mutable_data_ptr();
   p.c_stride = N;
@@ -60,7 +48,7 @@ Tensor mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias, b
 
 Tensor mm_int8(const Tensor& a, const Tensor& weight, const Tensor& scales, const std::optional<Tensor>& bias) {
   const Matrix x("a", a), rows("scales", scales);
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Char &&
+  STD_TORCH_CHECK(a.dim() == 2 && weight.is_cpu() && weight.dim() == 2 && weight.scalar_type() == ScalarType::Char &&
                       weight.size(1) == x.columns && x.dtype == Dtype::f32,
                   "a (M, K) must be float32 and weight (N, K) int8");
   STD_TORCH_CHECK(scales.dim() == 1 && scales.size(0) == weight.size(0) && rows.dtype == Dtype::f32,
@@ -95,7 +83,7 @@ void add_mm(Tensor& c, const Tensor& a, const Tensor& b, bool bf16) {
 
 Tensor sums_of_columns(const Tensor& x_in) {
   STD_TORCH_CHECK(x_in.dim() == 2, "x must have two dimensions, got ", x_in.dim());
-  const Dtype dtype = dtype_of(x_in, "x");
+  const Dtype dtype = dtype_of("x", x_in.scalar_type());
   const Tensor x = x_in.stride(1) == 1 || x_in.size(1) <= 1 ? x_in : torch::stable::contiguous(x_in);
   Tensor sums = torch::stable::new_empty(x, {x.size(1)}, ScalarType::Float);
   column_sums(dtype, x.const_data_ptr(), x.stride(0), static_cast<float*>(sums.mutable_data_ptr()), x.size(0),

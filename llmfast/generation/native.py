@@ -56,7 +56,7 @@ def why_not(model: GPT | None = None) -> list[str]:
 def step_of(model: GPT, rows: int, new_tokens: int) -> NativeStep | None:
     """The native step for ``rows`` texts of ``new_tokens`` each, where it runs and pays.
 
-    Of int8 the forward pass converts all weights at every step, so that no batch is too large.
+    Of int8 it takes any batch, since there a forward pass converts all weights at every step.
     """
     if (rows > MAX_ROWS and not isinstance(model, Int8GPT)) or why_not(model):
         return None

@@ -18,7 +18,7 @@ from llmfast.errors import UserError
 from llmfast.nn.embedding import token_rows
 from llmfast.nn.gpt import GPT
 from llmfast.nn.layers import Linear
-from llmfast.ops.matmul import linear_int8
+from llmfast.ops.matmul import floats, linear_int8
 
 
 class Int8Matrix(nn.Module):
@@ -36,7 +36,7 @@ class Int8Matrix(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix as float, made anew at each access, for who cannot read it as it is."""
-        return self.quantized.float().mul_(self.scale[:, None])
+        return floats(self.quantized, self.scale)
 
 
 class Int8Linear(Int8Matrix):

@@ -141,15 +141,23 @@ def uses_ours(x: Tensor, weight: Tensor) -> bool:
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias, W = weight * scales[:, None], for x (..., K), weight (N, K) int8, scales (N,); returns (..., N).
 
-    Our own product reads W as it is; elsewhere, and for a gradient by x, it is made float first.
+    Our own product reads W as it is; elsewhere, and for a gradient, it is made float first.
+    Raises ``ValueError`` if the sizes do not fit.
     """
-    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    if x.size(-1) != weight.size(1):
+        raise ValueError(f"linear: weight must be (N, K) for x (..., K) = {tuple(x.shape)}, got {tuple(weight.shape)}")
+    by_x_or_bias = x.requires_grad or (bias is not None and bias.requires_grad)
     plain = x.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-    if wants_gradient or not plain or not _takes_ours(x, weight):
-        return linear(x, weight.float().mul_(scales[:, None]), bias)
+    if (torch.is_grad_enabled() and by_x_or_bias) or not plain or not _takes_ours(x, weight):
+        return linear(x, floats(weight, scales), bias)
     with torch._C._AutoDispatchBelowAutograd():
         y = torch.ops.llmfast.mm_int8.default(x.reshape(-1, x.shape[-1]), weight, scales, bias)
     return y.view(*x.shape[:-1], len(weight))
+
+
+def floats(weight: Tensor, scales: Tensor) -> Tensor:
+    """weight (N, K) int8 times scales (N,), float32."""
+    return weight.float().mul_(scales[:, None])
 
 
 def _takes_ours(x: Tensor, weight: Tensor) -> bool:
@@ -366,25 +374,32 @@ def _self_test(dtype: torch.dtype, route: str) -> str | None:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """No autograd, no autocast, one thread: threads that wait for a preempted one have made the times a coin toss."""
-    threads = torch.get_num_threads()
-    _set_threads(1)
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        _set_threads(threads)
+    with _one_thread(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
-def _set_threads(threads: int) -> None:
-    """``torch.set_num_threads`` that leaves no trace: OpenMP's own, for the calling thread.
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch's operations take one thread, without a trace: OpenMP's and MKL's own settings, of the calling thread.
 
-    After PyTorch's, MKL starts teams of its own inside of PyTorch's parallel loops (20 -> 2,132 futex calls for one
-    attention of 48 heads), in every thread and for good.
+    After ``torch.set_num_threads`` MKL starts teams of its own inside of PyTorch's parallel loops (20 -> 2,132 futex
+    calls for one attention of 48 heads), in every thread and for good.
     """
-    libraries = Path(torch.__file__).parent / "lib"
-    found = next((path for path in libraries.glob("libtorch_cpu.*") if path.suffix in (".so", ".dylib")), None)
-    set_threads = None if found is None else getattr(ctypes.CDLL(str(found)), "omp_set_num_threads", None)
-    (set_threads or torch.set_num_threads)(threads)
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = [ctypes.CDLL(str(path)) for path in folder.glob("libtorch_cpu.*") if path.suffix in (".so", ".dylib")]
+    openmp, mkl = (
+        next((getattr(library, name) for library in libraries if hasattr(library, name)), None)
+        for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+    )
+    threads, set_threads = torch.get_num_threads(), openmp or torch.set_num_threads
+    set_threads(1)
+    of_mkl = mkl(1) if mkl else 0  # what it was; 0: as many as OpenMP's
+    try:
+        yield
+    finally:
+        set_threads(threads)
+        if mkl:
+            mkl(of_mkl)
 
 
 def _probe(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor, Tensor]:

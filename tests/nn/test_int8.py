@@ -9,6 +9,8 @@ from llmfast.config import GPTConfig
 from llmfast.errors import UserError
 from llmfast.nn import GPT, quantize_int8
 from llmfast.nn.int8 import Int8GPT, quantize_rows, weight_bytes
+from llmfast.ops import _library, matmul
+from llmfast.ops.matmul import floats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +49,30 @@ def test_it_computes_with_the_rounded_weights(options):
     torch.testing.assert_close(logits, expected(idx)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(loss, expected(idx, idx)[1], rtol=1e-4, atol=1e-5)
     assert (logits - model(idx)[0]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40)])
+def test_a_linear_layer_reads_int8_rows_as_they_are_where_it_may(shape, monkeypatch):
+    if _library.why_not_loaded() is not None:
+        pytest.skip(str(_library.why_not_loaded()))
+    monkeypatch.setattr(matmul, "MIN_OWN_MACS", 1)
+    monkeypatch.setattr(matmul, "route_of", lambda dtype: "ours")
+    made = []
+    monkeypatch.setattr(matmul, "floats", lambda *args: made.append(1) or floats(*args))
+    torch.manual_seed(0)
+    x, bias, (q, scales) = torch.randn(shape), torch.randn(50), quantize_rows(torch.randn(50, 40))
+    exact = x.double() @ (q * scales.double()[:, None]).t() + bias.double()
+    torch.testing.assert_close(matmul.linear_int8(x, q, scales, bias).double(), exact, rtol=1e-5, atol=1e-5)
+    assert not made
+    for one, other in ((x.clone().requires_grad_(), bias), (x, bias.clone().requires_grad_())):
+        y = matmul.linear_int8(one, q, scales, other)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
+        y.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matmul.linear_int8(x, q, scales, bias).dtype is torch.bfloat16
+    assert len(made) == 3
+    with pytest.raises(ValueError, match=r"weight must be \(N, K\)"):
+        matmul.linear_int8(x[..., 1:], q, scales, bias)
 
 
 def test_a_tied_matrix_is_held_once_also_after_a_move():

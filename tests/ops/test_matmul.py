@@ -58,8 +58,9 @@ def test_products_with_int8_rows_equal_float64():
     rng = random.Random(1)
     torch.manual_seed(1)
     for _ in range(60):
-        M, N, K = rng.choice(SIZES), rng.choice(SIZES), rng.choice((*SIZES, 1025, 2049))
-        a, weight, scales = torch.randn(M, K), torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.rand(N)
+        M, N, K = rng.choice((0, *SIZES)), rng.choice((0, *SIZES)), rng.choice((0, *SIZES, 1025, 2049))
+        a, scales = torch.randn(K, M).t(), torch.rand(2 * N)[::2]
+        weight = torch.randint(-128, 128, (N, K + rng.randrange(2)), dtype=torch.int8)[:, :K]
         bias = torch.randn(N) if rng.random() < 0.5 else None
         exact = weight.double() * scales.double()[:, None]
         want = a.double() @ exact.t() + (0 if bias is None else bias.double())
@@ -74,6 +75,8 @@ def test_int8_rows_that_do_not_fit_are_refused():
         torch.ops.llmfast.mm_int8(a, weight.float(), scales, None)
     with pytest.raises(RuntimeError, match=r"scales must be float32 of shape \(N,\)"):
         torch.ops.llmfast.mm_int8(a, weight, scales[:3], None)
+    with pytest.raises(RuntimeError, match=r"a \(M, K\) must be float32"):
+        torch.ops.llmfast.mm_int8(a[None], weight, scales, None)
 
 
 @pytest.mark.parametrize("K", [0, 1023, 1025, 2049, 4500])
@@ -92,7 +95,7 @@ def test_products_of_nothing_are_empty():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(RuntimeError, match=r"a \(M, K\) and b \(K, N\) do not fit"):
         torch.ops.llmfast.mm(torch.empty(2, 3), torch.empty(4, 5), None, False, False)
-    with pytest.raises(RuntimeError, match="a must be float32 or bfloat16, got Double"):
+    with pytest.raises(RuntimeError, match="a must be float32 or bfloat16 on a CPU, got Double"):
         torch.ops.llmfast.mm(torch.empty(2, 3).double(), torch.empty(3, 5), None, False, False)
 
 
@@ -101,16 +104,18 @@ def test_threads_do_not_change_a_bit():
     threads = torch.get_num_threads()
     for M, N, K in ((300, 40, 1500), (40, 900, 300), (130, 130, 130), (2100, 40, 64)):
         x, weight = torch.randn(M, K), torch.randn(N, K)
+        int8, scales = torch.randint(-127, 128, (N, K), dtype=torch.int8), torch.rand(N)
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             try:
                 results.append(torch.ops.llmfast.mm(x, weight.t(), None, False, False))
                 results.append(torch.ops.llmfast.mm(weight, x.t(), None, False, False).t())
+                results.append(torch.ops.llmfast.mm_int8(x, int8, scales, None))
             finally:
                 torch.set_num_threads(threads)
         for i, other in enumerate(results):
-            assert torch.equal(other, results[i % 2])
+            assert torch.equal(other, results[i % 3])
 
 
 @pytest.mark.skipif("LLMFAST_CPU_ISA" in os.environ, reason="the instruction set is given")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -313,13 +314,30 @@ def test_the_measurement_leaves_random_numbers_threads_and_precision_alone(routi
     assert before[1:] == after[1:]
 
 
+ON_ONE_THREAD = """
+import re, sys
+import torch
+from llmfast.ops import matmul
+
+def counts():
+    return re.findall(r"(?:num|max)_threads\\(\\) : (\\d+)", torch.__config__.parallel_info())
+
+if len(sys.argv) > 1:
+    torch.set_num_threads(3)  # MKL has a count of its own from then on
+before = counts()
+assert "1" not in before, before
+torch.set_num_threads = None
+with matmul._alone():
+    assert set(counts()) == {"1"}, counts()
+assert counts() == before
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's Linux wheels bring OpenMP")
-def test_the_measurement_runs_on_one_thread_without_pytorchs_lasting_switch(monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", None)
-    before = torch.get_num_threads()
-    with matmul._alone():
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
+@pytest.mark.parametrize("threads", [[], ["3"]])
+def test_the_measurement_runs_on_one_thread_without_pytorchs_lasting_switch(threads):
+    env = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", ON_ONE_THREAD, *threads], env=env, check=True)
 
 
 def test_the_switch_to_onednn_ends_with_the_last_of_many_threads():
