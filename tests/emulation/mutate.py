@@ -92,7 +92,7 @@ class Target:
 ATTENTION = Target(
     "attention.cpp",
     ("attention_forward.cu", "attention_forward_sm90.cu", "attention_backward.cu", "attention_backward_sm90.cu"),
-    cases=48,
+    cases=120,
 )
 GEMM = Target("gemm.cpp", ("gemm.cu", "gemm_sm90.cu"), cases=40)
 TARGETS = {
