@@ -393,12 +393,12 @@ def _one_thread() -> Iterator[None]:
     )
     threads, set_threads = torch.get_num_threads(), openmp or torch.set_num_threads
     set_threads(1)
-    of_mkl = mkl(1) if mkl else 0  # what it was; 0: as many as OpenMP's
+    of_mkl = mkl(1) if openmp and mkl else None  # what it was; 0: as many as OpenMP's
     try:
         yield
     finally:
         set_threads(threads)
-        if mkl:
+        if mkl and of_mkl is not None:  # else PyTorch's own switch has set it, too
             mkl(of_mkl)
 
 
